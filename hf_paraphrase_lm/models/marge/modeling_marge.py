@@ -1,0 +1,947 @@
+"""MARGE: a document is rebuilt from related documents that the model retrieves itself.
+
+Lewis et al., "Pre-training via Paraphrasing", NeurIPS 2020 (arXiv 2006.15020). The paper's symbols in this file:
+
+=================  ====================================================================================
+paper              here
+=================  ====================================================================================
+target x_i         `labels` (targets, target_length)
+evidence z_1..z_M  `input_ids` (groups, num_evidence, length)
+g(x), g(z)         `embed(...)`, `document_embeddings`: first token after `retrieval_layers` layers
+f(x_i, z_j)        `relevance_scores` (targets, num_evidence): cosine of the two document embeddings
+beta               `relevance_weight` of each cross-attention, one trainable scalar a layer
+=================  ====================================================================================
+
+The paper states neither where the LayerNorms stand, how positions are encoded, nor where beta starts. Our choice:
+pre-norm with a final norm, learned positions, one beta a layer with start value 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    ModelOutput,
+    Seq2SeqSequenceClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_marge import MargeConfig
+
+# Added to an attention score, it leaves a weight of exactly 0 after the softmax and still fits into float16.
+HIDDEN_SCORE = -1e4
+
+
+@dataclass
+class MargeEncoderOutput(ModelOutput):
+    """Output of the encoder.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(groups, num_evidence * length, hidden_size)`):
+            States of all evidence documents of a group, one document after the other.
+        document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`, float32):
+            L2-normalised embedding g(z) of each evidence document.
+        hidden_states (`tuple[torch.FloatTensor]` of shape `(groups * num_evidence, length, hidden_size)`, *optional*):
+            Embeddings and the output of each layer, the last one before the final LayerNorm.
+        attentions (`tuple[torch.FloatTensor]` of shape `(groups * num_evidence, heads, length, length)`, *optional*):
+            Attention weights of each layer.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    document_embeddings: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MargeDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Output of the decoder: the usual fields and what distillation needs.
+
+    Args:
+        evidence_logits (`torch.FloatTensor` of shape `(targets, num_evidence)`, *optional*):
+            Mean cross-attention score (relevance bias excluded) of each evidence document over layers, heads,
+            queries and real tokens.
+    """
+
+    evidence_logits: torch.FloatTensor | None = None
+
+
+@dataclass
+class MargeModelOutput(ModelOutput):
+    """Output of [`MargeModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Decoder states.
+        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
+        distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`distillation_loss`].
+        past_key_values (`EncoderDecoderCache`, *optional*): Keys and values of earlier steps.
+        decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions:
+            Tuples of tensors, one a layer, on request.
+        encoder_last_hidden_state (`torch.FloatTensor` of shape `(groups, num_evidence * length, hidden_size)`):
+            Encoded evidence.
+        document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`): g(z).
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    relevance_scores: torch.FloatTensor | None = None
+    distillation_loss: torch.FloatTensor | None = None
+    past_key_values: EncoderDecoderCache | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    document_embeddings: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class MargeLMOutput(ModelOutput):
+    """Output of [`MargeForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, nats a token): Reconstruction loss, plus the distillation loss times
+            its weight.
+        logits (`torch.FloatTensor` of shape `(targets, target_length, vocab_size)`): Scores before the softmax.
+        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
+        distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): KL(cross-attention || relevance).
+        past_key_values and the remaining fields: See [`MargeModelOutput`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    relevance_scores: torch.FloatTensor | None = None
+    distillation_loss: torch.FloatTensor | None = None
+    past_key_values: EncoderDecoderCache | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    document_embeddings: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(Q K^T * scaling + bias + mask) V, returned as `(batch, queries, heads, head_dim)`, with the weights."""
+    scores = query @ key.transpose(-2, -1) * scaling
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MargeAttention(nn.Module):
+    """Multi-head attention: the projections, and self-attention on them."""
+
+    def __init__(self, config: MargeConfig, layer_idx: int, is_causal: bool):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.dropout = config.attention_probs_dropout_prob
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+        dropout: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.q_proj(hidden_states))  # (batch, heads, length, head_dim)
+        key = self.split_heads(self.k_proj(hidden_states))
+        value = self.split_heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout if dropout and self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.out_proj(output.flatten(2)), weights
+
+
+class MargeCrossAttention(MargeAttention):
+    """Attention of targets over all tokens of all their evidence, biased by relevance (paper, section 2.2).
+
+    softmax over all evidence tokens of  q_i k^T / sqrt(head_dim) + beta * f(x_i, z_j), for the tokens of z_j.
+
+    Keys and values are computed once a group; the queries of a group's targets stand one after the other.
+
+    The bias is the same for all tokens of a document. So `num_evidence` additional dimensions carry it: the query holds
+    beta * f(x_i, z_1..M) there, a key the one-hot vector of its document. That is exact, and kernels that give no
+    gradient to an additive bias (all fused ones) can be used. Eager attention adds the bias in the plain way.
+    """
+
+    def __init__(self, config: MargeConfig, layer_idx: int):
+        super().__init__(config, layer_idx, is_causal=False)
+        self.relevance_weight = nn.Parameter(torch.ones(1))  # beta
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (targets, target_length, hidden)
+        evidence_states: torch.Tensor,  # (groups, num_evidence * length, hidden)
+        evidence_attention_mask: torch.Tensor | None,
+        relevance_scores: torch.Tensor,  # (targets, num_evidence)
+        evidence_mask: torch.Tensor,  # (targets, num_evidence)
+        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        num_targets, target_length, hidden_size = hidden_states.shape
+        groups, num_evidence = evidence_states.shape[0], relevance_scores.shape[1]
+        eager = self.config._attn_implementation == "eager"
+        # Scaled here: the backend then has nothing to multiply, so the additional dimensions stay as they are.
+        query = self.split_heads((self.q_proj(hidden_states) * self.scaling).view(groups, -1, hidden_size))
+
+        cache = past_key_values.cross_attention_cache if past_key_values is not None else None
+        if cache is not None and past_key_values.is_updated.get(self.layer_idx):
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            key = self.split_heads(self.k_proj(evidence_states))  # (groups, heads, num_evidence * length, head_dim)
+            value = self.split_heads(self.v_proj(evidence_states))
+            if not eager:
+                one_hot = torch.eye(num_evidence, -(-num_evidence // 8) * 8, dtype=key.dtype, device=key.device)
+                one_hot = one_hot.repeat_interleave(key.shape[2] // num_evidence, dim=0)
+                key = torch.cat([key, one_hot.expand(*key.shape[:2], -1, -1)], dim=-1)
+                # Fused kernels want one head_dim for queries, keys and values, and a multiple of 8.
+                value = nn.functional.pad(value, (0, one_hot.shape[-1]))
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                past_key_values.is_updated[self.layer_idx] = True
+
+        bias = self.relevance_weight.float() * relevance_scores
+        # A softmax ignores what all its inputs share. Without that share, bf16 keeps the differences between documents.
+        bias = bias - bias.detach().masked_fill(~evidence_mask, torch.finfo(bias.dtype).min).amax(-1, keepdim=True)
+        bias = bias.masked_fill(~evidence_mask, HIDDEN_SCORE).to(query.dtype)
+        bias = bias.repeat_interleave(target_length, dim=0).view(groups, 1, -1, num_evidence)
+        if eager:
+            bias = bias.repeat_interleave(key.shape[2] // num_evidence, dim=-1)
+            kwargs["position_bias"] = bias  # (groups, 1, queries, num_evidence * length)
+        else:
+            padding = key.shape[-1] - self.head_dim - num_evidence
+            bias = nn.functional.pad(bias, (0, padding)).expand(-1, self.num_heads, -1, -1)
+            query = torch.cat([query, bias], dim=-1)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            evidence_attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=1.0,
+            **kwargs,
+        )
+        output = output[..., : self.head_dim].reshape(num_targets, target_length, hidden_size)
+        if weights is not None:  # (groups, heads, queries, keys) -> (targets, heads, target_length, keys)
+            weights = weights.unflatten(2, (-1, target_length)).transpose(1, 2).flatten(0, 1)
+        # A target without any evidence reads nothing (our choice), rather than the mean of what it must not see.
+        output = self.out_proj(output) * evidence_mask.any(-1)[:, None, None]
+
+        evidence_logits = None
+        if token_masks is not None:
+            evidence_logits = self.mean_scores(query[..., : self.head_dim], key[..., : self.head_dim], *token_masks)
+        return output, weights, evidence_logits
+
+    @torch.no_grad()
+    def mean_scores(
+        self, query: torch.Tensor, key: torch.Tensor, target_mask: torch.Tensor, document_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Mean score of each target for each document over heads and real tokens, `(targets, num_evidence)`.
+
+        A mean of dot products is the dot product of the means, so no score matrix is needed.
+        """
+        targets_per_group = target_mask.shape[0] // key.shape[0]
+        query = query.float().unflatten(2, (targets_per_group, -1))  # (groups, heads, targets, length, head_dim)
+        key = key.float().unflatten(2, (document_mask.shape[1], -1))  # (groups, heads, documents, length, head_dim)
+        target_mask = target_mask.unflatten(0, (-1, 1, targets_per_group)).unsqueeze(-1)
+        document_mask = document_mask[:, None, :, :, None]
+        query = (query * target_mask).sum(3) / target_mask.sum(3).clamp(min=1)
+        key = (key * document_mask).sum(3) / document_mask.sum(3).clamp(min=1)
+        return (query @ key.transpose(-2, -1)).mean(1).flatten(0, 1)
+
+
+class MargeFeedForward(nn.Module):
+    def __init__(self, config: MargeConfig, intermediate_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+class MargeEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MargeConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = MargeAttention(config, layer_idx, is_causal=False)
+        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MargeFeedForward(config, config.encoder_intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        p = self.dropout if dropout and self.training else 0.0
+        output, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, dropout=dropout, **kwargs)
+        hidden_states = hidden_states + nn.functional.dropout(output, p=p)
+        output = self.mlp(self.mlp_layer_norm(hidden_states))
+        return hidden_states + nn.functional.dropout(output, p=p)
+
+
+class MargeDecoderLayer(GradientCheckpointingLayer):
+    """One decoder layer. The base layers, at the bottom, have no cross-attention (paper, section 2.2)."""
+
+    def __init__(self, config: MargeConfig, layer_idx: int):
+        super().__init__()
+        is_base = layer_idx < config.decoder_base_layers
+        self.dropout = config.hidden_dropout_prob
+        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = MargeAttention(config, layer_idx, is_causal=True)
+        if is_base:
+            self.cross_attn = None
+            intermediate_size = config.decoder_base_intermediate_size
+        else:
+            self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.cross_attn = MargeCrossAttention(config, layer_idx)
+            intermediate_size = config.decoder_intermediate_size
+        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MargeFeedForward(config, intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        # Positional from here: reentrant gradient checkpointing passes gradients to positional arguments only.
+        evidence_states: torch.Tensor,
+        relevance_scores: torch.Tensor,
+        evidence_attention_mask: torch.Tensor | None = None,
+        evidence_mask: torch.Tensor | None = None,
+        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        p = self.dropout if self.training else 0.0
+        output, _ = self.self_attn(
+            self.self_attn_layer_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + nn.functional.dropout(output, p=p)
+        evidence_logits = None
+        if self.cross_attn is not None:
+            output, _, evidence_logits = self.cross_attn(
+                self.cross_attn_layer_norm(hidden_states),
+                evidence_states,
+                evidence_attention_mask,
+                relevance_scores,
+                evidence_mask,
+                token_masks=token_masks,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            hidden_states = hidden_states + nn.functional.dropout(output, p=p)
+        output = self.mlp(self.mlp_layer_norm(hidden_states))
+        return hidden_states + nn.functional.dropout(output, p=p), evidence_logits
+
+
+class MargePreTrainedModel(PreTrainedModel):
+    """Weight initialisation, loading and saving of MARGE models."""
+
+    config: MargeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MargeEncoderLayer", "MargeDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, MargeCrossAttention):
+            init.ones_(module.relevance_weight)
+
+
+class MargeStack(MargePreTrainedModel):
+    """What encoder and decoder share: token and position embeddings, and the final norm."""
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+
+    def add_positions(self, inputs_embeds: torch.Tensor, start: int | torch.Tensor = 0) -> torch.Tensor:
+        length, limit = inputs_embeds.shape[1], self.config.max_position_embeddings
+        # A static cache counts in a tensor, whose value a compiled step cannot look at.
+        end = length + start if isinstance(start, int) else length
+        if end > limit:
+            raise ValueError(
+                f"A document must have at most max_position_embeddings ({limit}) tokens, but got {end}. "
+                "There is no position embedding beyond; cut it with chunk_documents, truncate it in the tokenizer, or "
+                "generate fewer tokens."
+            )
+        position_ids = torch.arange(length, device=inputs_embeds.device) + start
+        return inputs_embeds + self.embed_positions(position_ids)
+
+
+class MargeEncoder(MargeStack):
+    """Encodes every evidence document alone, and embeds documents for retrieval."""
+
+    _can_record_outputs = {"hidden_states": MargeEncoderLayer, "attentions": MargeAttention}
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        self.layers = nn.ModuleList([MargeEncoderLayer(config, i) for i in range(config.encoder_layers)])
+        self.post_init()
+
+    def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """See [`MargeModel.embed`]."""
+        if attention_mask is None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        length = input_ids.shape[-1]
+        hidden_states = self.add_positions(self.embed_tokens(input_ids.reshape(-1, length)))
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask.reshape(-1, length))
+        for layer in self.layers[: self.config.retrieval_layers]:
+            hidden_states = layer(hidden_states, mask, dropout=False)
+        return first_token_embedding(hidden_states).view(*input_ids.shape[:-1], -1)
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MargeEncoderOutput:
+        """Encodes `(batch, length)` or `(groups, num_evidence, length)` ids (or embeddings, one dimension more)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds, but got both or neither.")
+        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+        if len(shape) not in (2, 3):
+            raise ValueError(
+                "input_ids must be (batch, length) with one document a target, or (groups, num_evidence, length), "
+                f"but got shape {tuple(shape)}."
+            )
+        groups, num_evidence, length = shape[0], shape[1] if len(shape) == 3 else 1, shape[-1]
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+            if attention_mask is None:
+                attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        inputs_embeds = inputs_embeds.reshape(-1, length, self.config.hidden_size)
+        if attention_mask is not None:
+            attention_mask = attention_mask.reshape(-1, length)
+
+        # Where relevance is trained, its embeddings must be those of the index. So no dropout below them (our choice).
+        dropout = num_evidence == 1
+        hidden_states = self.add_positions(inputs_embeds)
+        p = self.config.hidden_dropout_prob if dropout and self.training else 0.0
+        hidden_states = nn.functional.dropout(hidden_states, p=p)
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        for index, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states, mask, dropout=dropout or index >= self.config.retrieval_layers, **kwargs
+            )
+            if index + 1 == self.config.retrieval_layers:
+                document_embeddings = first_token_embedding(hidden_states).view(groups, num_evidence, -1)
+        return MargeEncoderOutput(
+            last_hidden_state=self.final_layer_norm(hidden_states).view(groups, num_evidence * length, -1),
+            document_embeddings=document_embeddings,
+        )
+
+
+class MargeDecoder(MargeStack):
+    """Rebuilds the targets: base layers of self-attention, then layers that also read the evidence."""
+
+    _can_record_outputs = {
+        "hidden_states": MargeDecoderLayer,
+        "attentions": OutputRecorder(MargeAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(MargeCrossAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        num_layers = config.decoder_base_layers + config.decoder_layers
+        self.layers = nn.ModuleList([MargeDecoderLayer(config, i) for i in range(num_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        evidence_states: torch.FloatTensor | None = None,
+        evidence_attention_mask: torch.Tensor | None = None,
+        relevance_scores: torch.FloatTensor | None = None,
+        evidence_mask: torch.BoolTensor | None = None,
+        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MargeDecoderOutput:
+        """Decodes `(targets, target_length)` ids on `(groups, num_evidence * length, hidden_size)` evidence."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
+        if not use_cache:
+            past_key_values = None
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+
+        hidden_states = self.add_positions(inputs_embeds, past_length)
+        p = self.config.hidden_dropout_prob if self.training else 0.0
+        hidden_states = nn.functional.dropout(hidden_states, p=p)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+        )
+        evidence_attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states.view(evidence_states.shape[0], -1, self.config.hidden_size),
+            attention_mask=evidence_attention_mask,
+            encoder_hidden_states=evidence_states,
+        )
+        all_evidence_logits = []
+        for layer in self.layers:
+            hidden_states, evidence_logits = layer(
+                hidden_states,
+                mask,
+                evidence_states,
+                relevance_scores,
+                evidence_attention_mask=evidence_attention_mask,
+                evidence_mask=evidence_mask,
+                token_masks=token_masks,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            if evidence_logits is not None:
+                all_evidence_logits.append(evidence_logits)
+        return MargeDecoderOutput(
+            last_hidden_state=self.final_layer_norm(hidden_states),
+            past_key_values=past_key_values,
+            evidence_logits=torch.stack(all_evidence_logits).mean(0) if all_evidence_logits else None,
+        )
+
+
+def mask_of(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.LongTensor:
+    """1 for real tokens, 0 for padding: the attention mask where none was given."""
+    return torch.ones_like(input_ids) if pad_token_id is None else (input_ids != pad_token_id).long()
+
+
+def first_token_embedding(hidden_states: torch.Tensor) -> torch.Tensor:
+    """(n, length, hidden) states -> (n, hidden) document embeddings, L2-normalised in float32."""
+    return nn.functional.normalize(hidden_states[:, 0].float(), dim=-1)
+
+
+def shift_tokens_right(labels: torch.LongTensor, pad_token_id: int, decoder_start_token_id: int) -> torch.LongTensor:
+    """(targets, length) labels -> decoder input: the start token, then every label but the last; -100 is padding."""
+    shifted = labels.new_full(labels.shape, decoder_start_token_id)
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def distillation_loss(
+    evidence_logits: torch.Tensor, relevance_scores: torch.Tensor, evidence_mask: torch.Tensor, num_tokens: torch.Tensor
+) -> torch.Tensor:
+    """KL(softmax(evidence_logits) || softmax(relevance_scores)) over the documents a target may see, a mean in nats.
+
+    The teacher, what cross-attention reads, gets no gradient. Targets count by their number of tokens (our choice), as
+    in the reconstruction loss, so that both losses are normalised alike.
+
+    Args:
+        evidence_logits, relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`): Teacher and student.
+        evidence_mask (`torch.BoolTensor` of shape `(targets, num_evidence)`): Documents that the target may see.
+        num_tokens (`torch.Tensor` of shape `(targets,)`): Tokens of each target.
+    """
+    hidden = ~evidence_mask
+    teacher = evidence_logits.detach().float().masked_fill(hidden, HIDDEN_SCORE).log_softmax(-1)
+    student = relevance_scores.float().masked_fill(hidden, HIDDEN_SCORE).log_softmax(-1)
+    divergence = (teacher.exp() * (teacher - student)).masked_fill(hidden, 0.0).sum(-1)
+    return (divergence * num_tokens).sum() / num_tokens.sum().clamp(min=1)
+
+
+class MargeModel(MargePreTrainedModel):
+    """Encoder and decoder without a head: decoder states of targets that read their evidence."""
+
+    _tied_weights_keys = {
+        "encoder.embed_tokens.weight": "shared.weight",
+        "decoder.embed_tokens.weight": "shared.weight",
+    }
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.encoder = MargeEncoder(config)
+        self.decoder = MargeDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.shared
+
+    def set_input_embeddings(self, value):
+        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
+
+    def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
+        """Document embeddings g: the first token's state after `retrieval_layers` layers, L2-normalised (section 2.1).
+
+        Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(..., length)`): Documents as the tokenizer makes them.
+            attention_mask (`torch.Tensor` of shape `(..., length)`, *optional*):
+                1 for real tokens, 0 for padding; from `pad_token_id` if not given.
+
+        Returns:
+            `torch.FloatTensor` of shape `(..., hidden_size)`, float32: the cosine f(x, z) of two documents is their dot
+            product.
+        """
+        return self.encoder.embed(input_ids, attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        relevance_scores: torch.FloatTensor | None = None,
+        evidence_mask: torch.BoolTensor | None = None,
+        target_input_ids: torch.LongTensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: MargeEncoderOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MargeModelOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)` or `(groups, num_evidence, length)`):
+                The evidence. 2-D: one document a target. 3-D: `num_evidence` documents that `targets // groups`
+                consecutive targets share; each group is encoded once.
+            attention_mask (`torch.Tensor` of the shape of `input_ids` or `(groups, num_evidence * length)`):
+                1 for real tokens, 0 for padding; from `pad_token_id` if not given.
+            decoder_input_ids (`torch.LongTensor` of shape `(targets, target_length)`): Targets, shifted right.
+            decoder_attention_mask (`torch.Tensor` of shape `(targets, target_length)`, *optional*):
+                1 for real tokens, 0 for padding. Not needed where padding stands on the right.
+            relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, *optional*):
+                f(x, z). If not given: computed from the target where it is known, else 1.
+            evidence_mask (`torch.BoolTensor` of shape `(targets, num_evidence)`, *optional*):
+                False where a target must not see a document. A target that sees none gets nothing from
+                cross-attention.
+            target_input_ids, target_attention_mask (`(targets, target_length)`, *optional*):
+                The targets as documents, for their embedding g(x).
+            encoder_outputs ([`MargeEncoderOutput`] or a tuple that starts with its `last_hidden_state`, *optional*):
+                Evidence that is encoded already.
+
+        Raises:
+            ValueError: If the number of targets is no multiple of the number of groups, a shape does not fit, or a
+                document is longer than `max_position_embeddings`.
+        """
+        if (decoder_input_ids is None) == (decoder_inputs_embeds is None):
+            raise ValueError(
+                "Expected exactly one of decoder_input_ids and decoder_inputs_embeds, but got both or neither. "
+                "Pass labels to have decoder_input_ids made from them."
+            )
+        if attention_mask is None and input_ids is not None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        elif not isinstance(encoder_outputs, ModelOutput):
+            encoder_outputs = MargeEncoderOutput(*encoder_outputs)
+        evidence_states, document_embeddings = encoder_outputs[0], encoder_outputs.get("document_embeddings")
+
+        groups = evidence_states.shape[0]
+        targets = (decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds).shape[0]
+        given = next((x for x in (document_embeddings, relevance_scores, evidence_mask) if x is not None), None)
+        num_evidence = 1 if given is None else given.shape[1]
+        if targets % groups:
+            raise ValueError(
+                f"The number of targets must be a multiple of the number of evidence groups ({groups}), but got "
+                f"{targets}. Evidence of shape (groups, num_evidence, length) serves targets // groups consecutive "
+                "targets a group."
+            )
+        for name, tensor in (("relevance_scores", relevance_scores), ("evidence_mask", evidence_mask)):
+            if tensor is not None and tensor.shape != (targets, num_evidence):
+                raise ValueError(
+                    f"{name} must have the shape (targets, num_evidence) = ({targets}, {num_evidence}), but got "
+                    f"{tuple(tensor.shape)}."
+                )
+        if evidence_mask is None:
+            evidence_mask = torch.ones(targets, num_evidence, dtype=torch.bool, device=evidence_states.device)
+        if attention_mask is not None:
+            attention_mask = attention_mask.reshape(groups, -1)
+            # A document of nothing but padding only fills up a group.
+            is_document = attention_mask.view(groups, num_evidence, -1).any(-1)
+            evidence_mask = evidence_mask.bool() & is_document.repeat_interleave(targets // groups, dim=0)
+
+        if relevance_scores is None:
+            if target_input_ids is not None and document_embeddings is not None and num_evidence > 1:
+                embeddings = self.embed(target_input_ids, target_attention_mask).unflatten(0, (groups, -1))
+                relevance_scores = (embeddings @ document_embeddings.transpose(1, 2)).flatten(0, 1)
+            else:
+                relevance_scores = evidence_states.new_ones(targets, num_evidence, dtype=torch.float32)
+
+        token_masks = None
+        if self.config.distillation_loss_weight > 0 and self.training and target_attention_mask is not None:
+            if attention_mask is None:
+                attention_mask = evidence_states.new_ones(evidence_states.shape[:2])
+            token_masks = (target_attention_mask, attention_mask.view(groups, num_evidence, -1))
+
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            evidence_states=evidence_states,
+            evidence_attention_mask=attention_mask,
+            relevance_scores=relevance_scores.float(),
+            evidence_mask=evidence_mask,
+            token_masks=token_masks,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        distillation = None
+        if token_masks is not None:
+            logits, num_tokens = decoder_outputs.evidence_logits, target_attention_mask.sum(-1)
+            distillation = distillation_loss(logits, relevance_scores, evidence_mask, num_tokens)
+        return MargeModelOutput(
+            last_hidden_state=decoder_outputs.last_hidden_state,
+            relevance_scores=relevance_scores,
+            distillation_loss=distillation,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=evidence_states,
+            document_embeddings=document_embeddings,
+            encoder_hidden_states=encoder_outputs.get("hidden_states"),
+            encoder_attentions=encoder_outputs.get("attentions"),
+        )
+
+
+class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
+    """MARGE with its language modelling head: rebuilds targets from evidence, and generates.
+
+    The objective (paper, section 2): L = - sum_i log p(x_i | z_1..M, f(x_i, z_1), .., f(x_i, z_M)), a mean over tokens.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        self.model = MargeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
+        """Document embeddings, see [`MargeModel.embed`]."""
+        return self.model.embed(input_ids, attention_mask)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """Labels `(targets, length)` shifted right, as the seq2seq collator of transformers asks for."""
+        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+        if input_name == "input_ids" and inputs.dim() == 3:
+            # generate() takes only a 2-D mask: that of the group's documents, one after the other.
+            if model_kwargs.get("attention_mask") is None:
+                model_kwargs["attention_mask"] = mask_of(inputs, self.config.pad_token_id)
+            model_kwargs["attention_mask"] = model_kwargs["attention_mask"].reshape(inputs.shape[0], -1)
+        return inputs, input_name, model_kwargs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        relevance_scores: torch.FloatTensor | None = None,
+        evidence_mask: torch.BoolTensor | None = None,
+        encoder_outputs: MargeEncoderOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MargeLMOutput:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(targets, target_length)`, *optional*):
+                The targets, with the tokens that a document starts and ends with; -100 where padded. They give the
+                decoder's input, the loss and, with several evidence documents, the relevance scores.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Logits of the last positions only; 0 is all.
+            num_items_in_batch (`int` or `torch.Tensor`, *optional*):
+                Target tokens of the global batch, gradient accumulation included; divides the loss in `Trainer`.
+            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, relevance_scores, evidence_mask,
+                encoder_outputs: See [`MargeModel.forward`].
+        """
+        target_input_ids = target_attention_mask = None
+        if labels is not None:
+            use_cache = False
+            target_attention_mask = labels != -100
+            target_input_ids = labels.masked_fill(~target_attention_mask, self.config.pad_token_id)
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+
+        outputs: MargeModelOutput = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            relevance_scores=relevance_scores,
+            evidence_mask=evidence_mask,
+            target_input_ids=target_input_ids,
+            target_attention_mask=target_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
+
+        loss = None
+        if labels is not None:
+            num_tokens = target_attention_mask.sum() if num_items_in_batch is None else num_items_in_batch
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            loss = loss / num_tokens
+            if outputs.distillation_loss is not None:
+                share = target_attention_mask.sum() / num_tokens
+                loss = loss + self.config.distillation_loss_weight * outputs.distillation_loss * share
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return MargeLMOutput(loss=loss, logits=logits, **fields)
+
+
+class MargeForSequenceClassification(MargePreTrainedModel):
+    """MARGE with a classifier on the decoder state of the last token; the input goes into encoder and decoder."""
+
+    def __init__(self, config: MargeConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MargeModel(config)
+        dropout = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqSequenceClassifierOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, length)`): One text, or pair of texts, an example.
+            attention_mask (`torch.Tensor` of shape `(batch, length)`, *optional*):
+                1 for real tokens, 0 for padding; from `pad_token_id` if not given.
+            labels (`torch.Tensor` of shape `(batch,)`, or `(batch, num_labels)` for several labels, *optional*):
+                Class indices, values to regress (`num_labels` 1), or 0/1 for each label.
+        """
+        if attention_mask is None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        outputs: MargeModelOutput = self.model(
+            input_ids,
+            attention_mask=attention_mask,
+            # Nothing is generated, so the decoder reads the text itself, not shifted (our choice).
+            decoder_input_ids=input_ids,
+            decoder_attention_mask=attention_mask,
+            use_cache=False,
+            **kwargs,
+        )
+        last = (attention_mask * torch.arange(input_ids.shape[1], device=input_ids.device)).argmax(-1)
+        state = outputs.last_hidden_state[torch.arange(input_ids.shape[0], device=input_ids.device), last]
+        logits = self.classifier(self.dropout(state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return Seq2SeqSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+__all__ = [
+    "MargeForConditionalGeneration",
+    "MargeForSequenceClassification",
+    "MargeModel",
+    "MargePreTrainedModel",
+]
