@@ -1,0 +1,16 @@
+"""From documents to what each target reads: embeddings, a searchable index, groups with shared evidence."""
+
+from .document_index import DocumentIndex
+from .embedding import LexicalEmbedder, embed_documents, evaluation_mode
+from .evidence_dataset import EvidenceDataset
+from .fingerprint import corpus_fingerprint, embedder_fingerprint
+
+__all__ = [
+    "DocumentIndex",
+    "EvidenceDataset",
+    "LexicalEmbedder",
+    "corpus_fingerprint",
+    "embed_documents",
+    "embedder_fingerprint",
+    "evaluation_mode",
+]
