@@ -151,7 +151,7 @@ def eager_attention_forward(
         scores = scores + position_bias
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.softmax(scores, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 

@@ -1,0 +1,934 @@
+"""COCO-LM model.
+
+Meng et al., "COCO-LM: Correcting and Contrasting Text Sequences for Language Model Pretraining", 2021 (arXiv
+2102.08473). An auxiliary network fills the masks of a text; the main network tells which tokens were replaced (copy
+loss), restores the original ones (corrective language model) and brings the two views of a text together (contrastive
+loss). "Authors' code" is what they published at github.com/microsoft/COCO-LM: the encoders in two forms and, in its
+issue 2, the pre-training losses.
+
+Modules of the encoder have the names of the released checkpoints.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_cocolm import CocoLMConfig
+
+# Added to the scores of padding: softmax makes it an exact zero, and unlike the minimum of float32 it stays finite
+# when autocast turns it into float16 or bfloat16, so a row of nothing but padding gives no NaN.
+PADDING_SCORE = torch.finfo(torch.float16).min
+
+
+def relative_position_bucket(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
+    r"""Signed bucket of the distance between two tokens (authors' code; not T5's buckets).
+
+    With b = num_buckets // 2 and e = b // 2, distances below e have a bucket each and the others share
+    ceil(log(|d| / e) / log((max_distance - 1) / e) * (b - 1 - e)) + e, at most b - 1; the sign is kept.
+
+    Args:
+        distance: Key position minus query position, in tokens, int64 of any shape.
+        num_buckets: Buckets for both directions together.
+        max_distance: Distance from which all pairs share the outermost bucket.
+
+    Returns:
+        Buckets from -(b - 1) to b - 1, int64 in the shape of `distance`.
+    """
+    num_buckets //= 2
+    num_exact = num_buckets // 2
+    magnitude = distance.abs()
+    scale = math.log((max_distance - 1) / num_exact)
+    # The logarithm of distance 0 is computed but not used, so it only has to be finite.
+    logarithm = torch.log(magnitude.clamp(min=1).float() / num_exact)
+    bucket = num_exact + torch.ceil(logarithm / scale * (num_buckets - 1 - num_exact)).long()
+    return torch.where(magnitude < num_exact, magnitude, bucket.clamp(max=num_buckets - 1)) * distance.sign()
+
+
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs
+) -> torch.Tensor:
+    r"""Cross entropy in float32: the sum over the labels that are not -100, divided by their number.
+
+    Args:
+        logits: `(n, classes)`, any float.
+        labels: `(n,)`, int64; -100 where there is nothing to predict. If all are -100 the loss is 0.
+        num_items_in_batch: Divides instead of the number of labels, to normalise over more than this batch.
+        kwargs: Not read.
+
+    Returns:
+        Scalar, float32, in nats.
+    """
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != -100).sum().clamp(min=1)
+    return F.cross_entropy(logits.float(), labels, reduction="sum") / num_items_in_batch
+
+
+def copy_loss(
+    copy_logits: torch.Tensor, is_original: torch.Tensor, num_tokens: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    r"""Binary cross entropy of telling original tokens from replaced ones.
+
+        L_copy = -mean_i( y_i log p_copy_i + (1 - y_i) log(1 - p_copy_i) ),   p_copy_i = sigmoid(copy_logits_i)
+
+    Args:
+        copy_logits: `(n,)`, any float: the tokens of the batch that are not padding, [CLS] and [SEP] included.
+        is_original: `(n,)`, bool. A sampled token that happens to equal the original one is original.
+        num_tokens: Divides instead of n, to normalise over more than this batch.
+
+    Returns:
+        Scalar, float32, in nats; 0 if n is 0.
+    """
+    if num_tokens is None:
+        num_tokens = max(copy_logits.shape[0], 1)
+    loss = F.binary_cross_entropy_with_logits(copy_logits.float(), is_original.float(), reduction="sum")
+    return loss / num_tokens
+
+
+def corrective_lm_loss(
+    logits: torch.Tensor,
+    copy_logits: torch.Tensor,
+    labels: torch.Tensor,
+    sampled: torch.Tensor,
+    form: str,
+    num_masked: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    r"""Loss of restoring the original token x_i at the masked positions.
+
+    With p_copy_i = sigmoid(copy_logits_i), p_i = softmax(logits_i) and sg for no gradient:
+
+        "released" (authors' code):   mean_i( sg[1 - p_copy_i] * -log p_i[x_i] )
+        "paper":   -mean_i( log( 1[x_i = sampled_i] * sg[p_copy_i] + sg[1 - p_copy_i] * p_i[x_i] ) )
+
+    Args:
+        logits: `(masked, vocab_size)`, any float.
+        copy_logits: `(masked,)`, any float; no gradient flows into them.
+        labels: `(masked,)`, int64, the original tokens.
+        sampled: `(masked,)`, int64, the tokens that the main network read; only `"paper"` uses them.
+        form: `"released"` or `"paper"`.
+        num_masked: Divides instead of the number of rows, to normalise over more than this batch.
+
+    Returns:
+        Scalar, float32, in nats; 0 if nothing is masked.
+    """
+    if num_masked is None:
+        num_masked = max(labels.shape[0], 1)
+    copy_logits = copy_logits.detach().float()
+    negative_log_likelihood = F.cross_entropy(logits.float(), labels, reduction="none")
+    if form == "released":
+        losses = torch.sigmoid(-copy_logits) * negative_log_likelihood
+    else:
+        corrected = F.logsigmoid(-copy_logits) - negative_log_likelihood
+        copied = torch.logaddexp(F.logsigmoid(copy_logits), corrected)
+        losses = -torch.where(sampled == labels, copied, corrected)
+    return losses.sum() / num_masked
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenates the equally long tensors of all ranks; the gradient is summed over the ranks that used them."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        gathered = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(gathered, tensor.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient)
+        return gradient.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+
+
+def contrastive_loss(
+    embeddings: torch.Tensor,
+    span_embeddings: torch.Tensor,
+    is_text: torch.Tensor,
+    temperature: float = 1.0,
+    all_ranks: bool = False,
+    num_anchors: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    r"""Sequence contrastive loss: NT-Xent over the two views of every text (Chen et al. 2020, equation 1).
+
+        L_SCL = -mean_a log( exp(cos(a, a+) / T) / sum_{b != a} exp(cos(a, b) / T) )
+
+    a runs over both views of every text, a+ is its other view, b over all views: one positive, 2 texts - 2 negatives.
+
+    Args:
+        embeddings: `(texts, size)`, any float: the corrupted texts.
+        span_embeddings: `(texts, size)`: the crops of the same texts, in the same order.
+        is_text: `(texts,)`, bool. A row that is only padding is no anchor and no negative.
+        temperature: Divisor of the cosines.
+        all_ranks: Whether b also runs over the texts of all other ranks, with gradient. Every rank must have the same
+            number of rows. The mean stays over this rank's anchors, so that the mean over the ranks, which
+            data-parallel training takes, is the loss of the whole batch.
+        num_anchors: Divides instead of this rank's number of anchors, to normalise over more than this batch.
+
+    Returns:
+        Scalar, float32, in nats; 0 if there is only one text.
+    """
+    anchors = F.normalize(torch.cat([embeddings, span_embeddings]).float(), dim=-1)
+    is_text = is_text.repeat(2)
+    candidates, is_candidate, first = anchors, is_text, 0
+    if all_ranks:
+        candidates = _AllGather.apply(anchors)
+        is_candidate = _AllGather.apply(is_text.to(torch.uint8)).bool()
+        first = torch.distributed.get_rank() * len(anchors)
+    itself = torch.arange(len(anchors), device=anchors.device)
+    positive = first + (itself + len(embeddings)) % len(anchors)
+    scores = anchors @ candidates.T / temperature
+    scores = scores.masked_fill(~is_candidate, PADDING_SCORE)
+    scores = scores.scatter(1, (first + itself)[:, None], -torch.inf)
+    return cross_entropy(scores, positive.masked_fill(~is_text, -100), num_anchors)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""softmax(scaling * Q K^T + mask + bias) V; query, key and value are `(batch, heads, length, head size)`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    for bias in (attention_mask, position_bias):
+        scores = scores if bias is None else scores + bias
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class CocoLMSelfAttention(nn.Module):
+    """Multi-head attention with one projection for query, key and value, biased by position."""
+
+    def __init__(self, config: CocoLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs):
+        batch_size, length, hidden_size = hidden_states.shape
+        projected = self.in_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        # The other implementations return no weights, so a call that asks for them gets the eager one.
+        implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        # Padding is part of the bias, so there is no mask besides.
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            None,
+            position_bias=attention_bias,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(output.reshape(batch_size, length, hidden_size)), weights
+
+
+class CocoLMAttention(nn.Module):
+    def __init__(self, config: CocoLMConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = CocoLMSelfAttention(config, layer_idx)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        attention_output, _ = self.self_attn(hidden_states, attention_bias, **kwargs)
+        return self.LayerNorm(hidden_states + self.dropout(attention_output))
+
+
+class CocoLMIntermediate(nn.Module):
+    def __init__(self, config: CocoLMConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(hidden_states))
+
+
+class CocoLMOutput(nn.Module):
+    def __init__(self, config: CocoLMConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(hidden_states)))
+
+
+class CocoLMLayer(GradientCheckpointingLayer):
+    def __init__(self, config: CocoLMConfig, layer_idx: int):
+        super().__init__()
+        self.attention = CocoLMAttention(config, layer_idx)
+        self.intermediate = CocoLMIntermediate(config)
+        self.output = CocoLMOutput(config)
+
+    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, attention_bias, **kwargs)
+        return self.output(self.intermediate(hidden_states), hidden_states)
+
+
+class CocoLMEncoder(nn.Module):
+    def __init__(self, config: CocoLMConfig):
+        super().__init__()
+        self.layer = nn.ModuleList(CocoLMLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+
+    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_bias, **kwargs)
+        return hidden_states
+
+
+class CocoLMEmbeddings(nn.Module):
+    """LayerNorm(word + position), then dropout; padding becomes zero."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__()
+        # No padding_idx: padding is zeroed below, so its row gets no gradient from here anyway.
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of input_ids and inputs_embeds must be given, but got both or neither.")
+        shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]
+        if len(shape) != 2:
+            raise ValueError(f"The input must have the dimensions batch and length, but its shape is {tuple(shape)}.")
+        num_positions = self.position_embeddings.num_embeddings
+        if shape[1] > num_positions:
+            raise ValueError(
+                f"The input must have at most max_position_embeddings ({num_positions}) tokens, but has {shape[1]}. "
+                "Truncate it when you tokenize."
+            )
+        if attention_mask is not None:
+            _check_shape("attention_mask", attention_mask, shape)
+        if inputs_embeds is None:
+            _check_token_ids(input_ids, self.word_embeddings.weight.shape[0])
+            inputs_embeds = self.word_embeddings(input_ids)
+        embeddings = self.LayerNorm(inputs_embeds + self.position_embeddings.weight[: shape[1]])
+        embeddings = self.dropout(embeddings)
+        if attention_mask is not None:
+            embeddings = embeddings * attention_mask[:, :, None].to(embeddings.dtype)
+        return embeddings
+
+
+def _check_token_ids(input_ids: torch.Tensor, vocab_size: int):
+    """Names a token outside the vocabulary. Only on the CPU: elsewhere the check would wait for the device."""
+    if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
+        return
+    lowest, highest = (int(value) for value in input_ids.aminmax())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"input_ids must be between 0 and {vocab_size - 1}, but got {lowest if lowest < 0 else highest}. The "
+            "tokenizer has another vocabulary than the model; if you added tokens, call resize_token_embeddings."
+        )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}.")
+
+
+class CocoLMPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and loading, for all COCO-LM models; weights start from N(0, initializer_range)."""
+
+    config: CocoLMConfig
+    config_class = CocoLMConfig
+    base_model_prefix = "cocolm"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CocoLMLayer"]
+    _input_embed_layer = "word_embeddings"
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_record_outputs = {"hidden_states": CocoLMLayer, "attentions": CocoLMSelfAttention}
+
+
+class CocoLMModel(CocoLMPreTrainedModel):
+    """The COCO-LM encoder: a post-norm Transformer with absolute positions and a relative position bias.
+
+    The bias is one value for each bucket of distances and head, shared by all layers. The auxiliary network is an
+    encoder of this kind too.
+    """
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.embeddings = CocoLMEmbeddings(config)
+        self.encoder = CocoLMEncoder(config)
+        if config.rel_pos_bins:
+            self.relative_attention_bias = nn.Embedding(config.rel_pos_bins, config.num_attention_heads)
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Args:
+            input_ids: `(batch, length)`, int64; positions count from 0 at the left, so pad on the right.
+            attention_mask: `(batch, length)`, int64 or bool: 1 for tokens, 0 for padding. All are tokens if `None`.
+            inputs_embeds: `(batch, length, hidden_size)`, float: word embeddings to use instead of `input_ids`.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `last_hidden_state` `(batch, length, hidden_size)`; on demand `hidden_states`, the embeddings and every
+            layer's output, and `attentions`, `(batch, heads, query, key)` for every layer. States of padding have no
+            meaning.
+
+        Raises:
+            ValueError: If the input is too long, has a token outside the vocabulary (checked on the CPU), is no batch
+                of sequences, is given twice or not at all, or does not fit `attention_mask`.
+        """
+        hidden_states = self.embeddings(input_ids, inputs_embeds, attention_mask)
+        attention_bias = self.attention_bias(hidden_states, attention_mask)
+        return BaseModelOutput(last_hidden_state=self.encoder(hidden_states, attention_bias, **kwargs))
+
+    def attention_bias(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        r"""What is added to the attention scores of every layer: relative position bias and padding.
+
+        Buckets are counted from that of the largest distance in the position table, whatever the input's length
+        (authors' code). They are computed here and not stored: a plain attribute would stay on the meta device when a
+        checkpoint is loaded.
+
+        Args:
+            hidden_states: `(batch, length, hidden_size)`, read for its shape, type and device.
+            attention_mask: `(batch, length)` or `None`.
+
+        Returns:
+            `(batch or 1, heads or 1, length, length)`, float; `None` if there is nothing to add.
+        """
+        batch_size, length, _ = hidden_states.shape
+        bias = None
+        if self.config.rel_pos_bins:
+            distance = torch.arange(1 - length, length, device=hidden_states.device)
+            farthest = distance.new_tensor(1 - self.config.max_position_embeddings)
+            sizes = self.config.rel_pos_bins, self.config.max_rel_pos
+            buckets = relative_position_bucket(distance, *sizes) - relative_position_bucket(farthest, *sizes)
+            position = torch.arange(length, device=hidden_states.device)
+            # (query, key), from a row of distances
+            buckets = buckets[position[None, :] - position[:, None] + length - 1]
+            # Contiguous here, or scaled_dot_product_attention would copy it in every layer.
+            bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None].to(hidden_states.dtype).contiguous()
+        if attention_mask is not None:
+            bias = hidden_states.new_zeros(1, 1, length, length) if bias is None else bias
+            bias = torch.where(attention_mask[:, None, None, :].bool(), bias, PADDING_SCORE)
+        if bias is not None and self.config._attn_implementation == "flex_attention":
+            # FlexAttention reads the bias by index and does not broadcast.
+            bias = bias.expand(batch_size, self.config.num_attention_heads, length, length)
+        return bias
+
+
+class CocoLMTransform(nn.Module):
+    """Dense, activation, LayerNorm: the head that embeds a text, and the first part of the language model head."""
+
+    def __init__(self, config: CocoLMConfig, size: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.activation(self.dense(hidden_states)))
+
+
+class CocoLMLMHead(CocoLMTransform):
+    """Masked language model head, with the tied word embeddings and a bias of its own."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config, config.hidden_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(super().forward(hidden_states))
+
+
+@dataclass
+class CocoLMForPretrainingOutput(ModelOutput):
+    r"""Output of [`CocoLMForPretraining`].
+
+    `compute_metrics` of a `Trainer` gets the fields from `mlm_loss` to `corrupted_input_ids` as predictions, in this
+    order, the losses with one value a batch.
+
+    Args:
+        loss: Scalar, float32: mlm_loss + copy_loss_weight * copy_loss + corrective_lm_loss + contrastive_loss_weight *
+            contrastive_loss. Like all losses, only with `labels`.
+        mlm_loss: Scalar, float32, mean over masked tokens: the auxiliary network's.
+        copy_loss: Scalar, float32, mean over all tokens, unweighted.
+        corrective_lm_loss: Scalar, float32, mean over masked tokens.
+        contrastive_loss: Scalar, float32, mean over both views of every text, unweighted. 0 for a single text, without
+            `span_input_ids` or with weight 0.
+        copy_logits: `(batch, length)`, float: logit of the probability that a token is original.
+        corrupted_input_ids: `(batch, length)`, int64: what the main network read.
+        auxiliary_logits: `(masked, vocab_size)`, float, the masked positions in row-major order. With `output_logits`.
+        corrective_lm_logits: `(masked, vocab_size)`, float, same positions. With `output_logits`.
+        contrastive_embeddings: `(batch, contrastive_embedding_size)`, float, of the corrupted text. With
+            `output_logits`.
+        span_embeddings: `(batch, contrastive_embedding_size)`, float, of the crop. With `output_logits`.
+        hidden_states: On demand, the main network's for the corrupted text.
+        attentions: On demand, the main network's for the corrupted text.
+    """
+
+    loss: torch.Tensor | None = None
+    mlm_loss: torch.Tensor | None = None
+    copy_loss: torch.Tensor | None = None
+    corrective_lm_loss: torch.Tensor | None = None
+    contrastive_loss: torch.Tensor | None = None
+    copy_logits: torch.Tensor | None = None
+    corrupted_input_ids: torch.Tensor | None = None
+    auxiliary_logits: torch.Tensor | None = None
+    corrective_lm_logits: torch.Tensor | None = None
+    contrastive_embeddings: torch.Tensor | None = None
+    span_embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class CocoLMForPretraining(CocoLMPreTrainedModel):
+    """Main and auxiliary network with the four pre-training losses.
+
+    Gradients: the MLM loss trains the auxiliary network, the other losses the main one; the tokens sampled in between
+    carry none. The embeddings belong to both, so they get all gradients. The corrective loss does not train the copy
+    head: its copy probability is a constant.
+    """
+
+    # Each loss has its own normaliser, so the one count of labels that Trainer offers cannot replace the means.
+    accepts_loss_kwargs = False
+    _tied_weights_keys = {
+        "auxiliary.embeddings.word_embeddings.weight": "cocolm.embeddings.word_embeddings.weight",
+        "auxiliary.embeddings.position_embeddings.weight": "cocolm.embeddings.position_embeddings.weight",
+        "auxiliary.embeddings.LayerNorm.weight": "cocolm.embeddings.LayerNorm.weight",
+        "auxiliary.embeddings.LayerNorm.bias": "cocolm.embeddings.LayerNorm.bias",
+        "auxiliary_lm_head.decoder.weight": "cocolm.embeddings.word_embeddings.weight",
+        "corrective_lm_head.weight": "cocolm.embeddings.word_embeddings.weight",
+    }
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.cocolm = CocoLMModel(config)
+        auxiliary_config = copy.deepcopy(config)
+        auxiliary_config.num_hidden_layers = config.auxiliary_layers
+        if config.auxiliary_sampling == "zero_dropout":
+            auxiliary_config.hidden_dropout_prob = 0.0
+            auxiliary_config.attention_probs_dropout_prob = 0.0
+        self.auxiliary = CocoLMModel(auxiliary_config)
+        self.auxiliary_lm_head = CocoLMLMHead(config)
+        self.copy_head = nn.Linear(config.hidden_size, 1)
+        self.corrective_lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.contrastive_head = CocoLMTransform(config, config.contrastive_embedding_size or config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        span_input_ids: torch.Tensor | None = None,
+        span_attention_mask: torch.Tensor | None = None,
+        corrupted_input_ids: torch.Tensor | None = None,
+        output_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CocoLMForPretrainingOutput:
+        r"""
+        Args:
+            input_ids: `(batch, length)`, int64: the text with [MASK] in place of some tokens.
+            attention_mask: `(batch, length)`, int64 or bool: 1 for tokens, 0 for padding. If `None`, `pad_token_id` is
+                padding.
+            labels: `(batch, length)`, int64: the whole original text, -100 on padding. Masked positions are those where
+                it differs from `input_ids`. Without it no loss is computed, nothing is sampled, and the main network
+                reads `input_ids` (or `corrupted_input_ids`) as it is, to tell which tokens look replaced.
+            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS].
+            span_attention_mask: `(batch, span_length)`, like `attention_mask`.
+            corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
+            output_logits: Whether to return the language model logits and the contrasted embeddings.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: If `labels`, `corrupted_input_ids` or the number of spans do not fit `input_ids`, or for what
+                [`CocoLMModel`] raises.
+        """
+        if attention_mask is None:
+            attention_mask = self._not_padding(input_ids)
+        tensors = {"attention_mask": attention_mask, "labels": labels, "corrupted_input_ids": corrupted_input_ids}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                _check_shape(name, tensor, input_ids.shape)
+        if labels is None:
+            corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
+            main_output = self.cocolm(corrupted_input_ids, attention_mask, return_dict=True, **kwargs)
+            return CocoLMForPretrainingOutput(
+                copy_logits=self.copy_head(main_output.last_hidden_state).squeeze(-1),
+                corrupted_input_ids=corrupted_input_ids,
+                hidden_states=main_output.hidden_states,
+                attentions=main_output.attentions,
+            )
+
+        is_token = attention_mask.bool()
+        is_masked = is_token & (labels != -100) & (labels != input_ids)
+        masked_labels = labels[is_masked]
+
+        auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
+        mlm_loss = cross_entropy(auxiliary_logits, masked_labels)
+
+        if corrupted_input_ids is None:
+            sampled = self._sample(auxiliary_logits, input_ids, attention_mask, is_masked)
+            corrupted_input_ids = input_ids.masked_scatter(is_masked, sampled)
+        is_original = corrupted_input_ids == torch.where(is_masked, labels, input_ids)
+
+        main_output = self.cocolm(corrupted_input_ids, attention_mask, return_dict=True, **kwargs)
+        hidden_states = main_output.last_hidden_state
+        copy_logits = self.copy_head(hidden_states).squeeze(-1)
+        corrective_lm_logits = self.corrective_lm_head(hidden_states[is_masked])
+        detection_loss = copy_loss(copy_logits[is_token], is_original[is_token])
+        correction_loss = corrective_lm_loss(
+            corrective_lm_logits,
+            copy_logits[is_masked],
+            masked_labels,
+            corrupted_input_ids[is_masked],
+            form=self.config.corrective_lm_form,
+        )
+        loss = mlm_loss + self.config.copy_loss_weight * detection_loss + correction_loss
+
+        embeddings = span_embeddings = None
+        sequence_loss = loss.new_zeros(())
+        if span_input_ids is not None and self.config.contrastive_loss_weight:
+            if span_attention_mask is None:
+                span_attention_mask = self._not_padding(span_input_ids)
+            _check_shape("span_input_ids", span_input_ids, (input_ids.shape[0], *span_input_ids.shape[1:]))
+            span_output = self.cocolm(span_input_ids, span_attention_mask, return_dict=True)
+            embeddings = self.contrastive_head(hidden_states[:, 0])
+            span_embeddings = self.contrastive_head(span_output.last_hidden_state[:, 0])
+            sequence_loss = contrastive_loss(
+                embeddings,
+                span_embeddings,
+                is_token.any(dim=-1) & span_attention_mask.bool().any(dim=-1),
+                temperature=self.config.contrastive_temperature,
+                all_ranks=self._gathers(),
+            )
+            loss = loss + self.config.contrastive_loss_weight * sequence_loss
+
+        return CocoLMForPretrainingOutput(
+            loss=loss,
+            mlm_loss=mlm_loss,
+            copy_loss=detection_loss,
+            corrective_lm_loss=correction_loss,
+            contrastive_loss=sequence_loss,
+            copy_logits=copy_logits,
+            corrupted_input_ids=corrupted_input_ids,
+            auxiliary_logits=auxiliary_logits if output_logits else None,
+            corrective_lm_logits=corrective_lm_logits if output_logits else None,
+            contrastive_embeddings=embeddings if output_logits else None,
+            span_embeddings=span_embeddings if output_logits else None,
+            hidden_states=main_output.hidden_states,
+            attentions=main_output.attentions,
+        )
+
+    def _not_padding(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.config.pad_token_id is None:
+            return torch.ones_like(input_ids, dtype=torch.bool)
+        return input_ids != self.config.pad_token_id
+
+    def _auxiliary_logits(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
+        """The auxiliary network's logits at the masked positions, `(masked, vocab_size)`."""
+        hidden_states = self.auxiliary(input_ids, attention_mask, return_dict=True).last_hidden_state
+        return self.auxiliary_lm_head(hidden_states[is_masked])
+
+    @torch.no_grad()
+    def _sample(self, auxiliary_logits, input_ids, attention_mask, is_masked) -> torch.Tensor:
+        """One token for each masked position from the auxiliary network's distribution, `(masked,)`, int64."""
+        if self.config.auxiliary_sampling == "eval" and self.auxiliary.training:
+            self.auxiliary.eval()
+            auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
+            self.auxiliary.train()
+        probabilities = F.softmax(auxiliary_logits, dim=-1, dtype=torch.float32)
+        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+
+    def _gathers(self) -> bool:
+        """Whether texts are contrasted over all ranks: only in training, where every rank takes every step."""
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return self.training and is_distributed and torch.distributed.get_world_size() > 1
+
+
+class CocoLMForMaskedLM(CocoLMPreTrainedModel):
+    """The main network as a masked language model."""
+
+    _tied_weights_keys = {"lm_head.decoder.weight": "cocolm.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.cocolm = CocoLMModel(config)
+        self.lm_head = CocoLMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear):
+        self.lm_head.decoder = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> MaskedLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: See [`CocoLMModel`].
+            labels: `(batch, length)`, int64: the original token, -100 where none is to be predicted.
+
+        Returns:
+            `logits` `(batch, length, vocab_size)` and, with labels, `loss`, the mean over them.
+        """
+        outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            _check_shape("labels", labels, logits.shape[:2])
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CocoLMClassificationHead(nn.Module):
+    """Logits of a text from the state of its first token: dropout, dense, activation, dropout, dense."""
+
+    def __init__(self, config: CocoLMConfig, num_labels: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.cls_dropout_prob)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.activation(self.dense(self.dropout(hidden_states[:, 0])))
+        return self.out_proj(self.dropout(hidden_states))
+
+
+class CocoLMForSequenceClassification(CocoLMPreTrainedModel):
+    """Classification or regression of texts and pairs of texts."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cocolm = CocoLMModel(config)
+        self.classifier = CocoLMClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> SequenceClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: See [`CocoLMModel`].
+            labels: `(batch,)`, int64, for one class of several; `(batch, num_labels)`, float 0 or 1, for several
+                classes; `(batch,)` or `(batch, num_labels)`, float, for regression. `config.problem_type` says which;
+                if it is `None`, `num_labels` 1 means regression and integer labels mean one class.
+
+        Returns:
+            `logits` `(batch, num_labels)` and, with labels, `loss`, the mean over them: cross entropy, binary cross
+            entropy or squared error.
+        """
+        outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state)
+        loss = None if labels is None else self._loss(logits, labels, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
+        problem = self.config.problem_type
+        if problem is None:
+            is_class = not labels.is_floating_point()
+            problem = "single_label_classification" if is_class else "multi_label_classification"
+            problem = "regression" if self.num_labels == 1 else problem
+        if problem == "single_label_classification" or self.num_labels == 1:
+            labels = labels.squeeze(-1) if labels.ndim == 2 else labels
+            _check_shape("labels", labels, logits.shape[:1])
+        else:
+            _check_shape("labels", labels, logits.shape)
+        if problem == "single_label_classification":
+            return cross_entropy(logits, labels, num_items_in_batch)
+        elementwise = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+        loss = elementwise(logits.float().view_as(labels), labels.float(), reduction="sum")
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+class CocoLMForTokenClassification(CocoLMPreTrainedModel):
+    """Classification of every token."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.cocolm = CocoLMModel(config)
+        self.dropout = nn.Dropout(config.cls_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> TokenClassifierOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: See [`CocoLMModel`].
+            labels: `(batch, length)`, int64: the class, -100 for tokens without one.
+
+        Returns:
+            `logits` `(batch, length, num_labels)` and, with labels, `loss`, the mean over them.
+        """
+        outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            _check_shape("labels", labels, logits.shape[:2])
+            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class CocoLMForQuestionAnswering(CocoLMPreTrainedModel):
+    """Extraction of the answer to a question: where it starts and where it ends."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.cocolm = CocoLMModel(config)
+        names = ("start_logits", "end_logits")
+        self.qa_outputs = nn.ModuleDict({n: nn.ModuleDict({"dense": nn.Linear(config.hidden_size, 1)}) for n in names})
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> QuestionAnsweringModelOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: See [`CocoLMModel`].
+            start_positions: `(batch,)`, int64: first token of the answer, 0 ([CLS]) if there is none. Positions outside
+                the sequence are ignored.
+            end_positions: `(batch,)`, int64: last token of the answer.
+
+        Returns:
+            `start_logits` and `end_logits`, `(batch, length)`, and, with both positions, `loss`: the mean of both
+            cross entropies over the tokens that are not padding. (The authors' code sums over the batch and lets
+            padding compete.)
+        """
+        outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        start_logits, end_logits = (
+            head["dense"](outputs.last_hidden_state).squeeze(-1) for head in self.qa_outputs.values()
+        )
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            _check_shape("start_positions", start_positions, start_logits.shape[:1])
+            _check_shape("end_positions", end_positions, end_logits.shape[:1])
+            loss = 0.0
+            for logits, positions in ((start_logits, start_positions), (end_logits, end_positions)):
+                positions = positions.masked_fill((positions < 0) | (positions >= logits.shape[1]), -100)
+                if attention_mask is not None:
+                    logits = logits.masked_fill(~attention_mask.bool(), PADDING_SCORE)
+                loss = loss + cross_entropy(logits, positions, **kwargs) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class CocoLMForMultipleChoice(CocoLMPreTrainedModel):
+    """Choice between several texts, such as the answers to a question."""
+
+    def __init__(self, config: CocoLMConfig):
+        super().__init__(config)
+        self.cocolm = CocoLMModel(config)
+        self.classifier = CocoLMClassificationHead(config, num_labels=1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs: Unpack[TransformersKwargs]
+    ) -> MultipleChoiceModelOutput:
+        r"""
+        Args:
+            input_ids: `(batch, choices, length)`, int64.
+            attention_mask: `(batch, choices, length)`, like [`CocoLMModel`]'s.
+            inputs_embeds: `(batch, choices, length, hidden_size)`, float, instead of `input_ids`.
+            labels: `(batch,)`, int64: the right choice.
+
+        Returns:
+            `logits` `(batch, choices)` and, with labels, `loss`, the mean over them.
+        """
+        num_choices = (inputs_embeds if input_ids is None else input_ids).shape[1]
+        inputs = (None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds))
+        outputs = self.cocolm(*inputs, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.last_hidden_state).view(-1, num_choices)
+        loss = None
+        if labels is not None:
+            _check_shape("labels", labels, logits.shape[:1])
+            loss = cross_entropy(logits, labels, **kwargs)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "CocoLMForMaskedLM",
+    "CocoLMForMultipleChoice",
+    "CocoLMForPretraining",
+    "CocoLMForPretrainingOutput",
+    "CocoLMForQuestionAnswering",
+    "CocoLMForSequenceClassification",
+    "CocoLMForTokenClassification",
+    "CocoLMModel",
+    "CocoLMPreTrainedModel",
+]
