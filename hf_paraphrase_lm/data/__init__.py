@@ -1,0 +1,14 @@
+"""Texts to chunks with token ids, tokenizers, and the batches of both objectives."""
+
+from .collators import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing
+from .documents import chunk_documents
+from .python_docs import load_python_docs
+from .tokenizer import train_tokenizer
+
+__all__ = [
+    "DataCollatorForCorrectiveLM",
+    "DataCollatorForParaphrasing",
+    "chunk_documents",
+    "load_python_docs",
+    "train_tokenizer",
+]
