@@ -42,6 +42,8 @@ from .configuration_marge import MargeConfig
 
 # Added to an attention score, it leaves a weight of exactly 0 after the softmax and still fits into float16.
 HIDDEN_SCORE = -1e4
+# Share of the evidence's states that a new cross-attention adds to the decoder's (our choice).
+COPY_SCALE = 0.5
 
 
 @dataclass
@@ -156,10 +158,25 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class MargeOutputProjection(nn.Linear):
+    """The last projection of a sub-layer, which adds to the residual stream.
+
+    Its initial weights are divided by sqrt(sub-layers of the stack), as in GPT-2, so that the stream keeps its size and
+    what a token is shows at the top of the stack (our choice).
+    """
+
+    def __init__(self, config: MargeConfig, in_features: int, is_decoder: bool):
+        super().__init__(in_features, config.hidden_size)
+        sublayers = (
+            2 * config.decoder_base_layers + 3 * config.decoder_layers if is_decoder else 2 * config.encoder_layers
+        )
+        self.initial_std = config.initializer_range * sublayers**-0.5
+
+
 class MargeAttention(nn.Module):
     """Multi-head attention: the projections, and self-attention on them."""
 
-    def __init__(self, config: MargeConfig, layer_idx: int, is_causal: bool):
+    def __init__(self, config: MargeConfig, layer_idx: int, is_decoder: bool, is_causal: bool):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
@@ -171,7 +188,7 @@ class MargeAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = MargeOutputProjection(config, config.hidden_size, is_decoder)
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
@@ -219,7 +236,7 @@ class MargeCrossAttention(MargeAttention):
     """
 
     def __init__(self, config: MargeConfig, layer_idx: int):
-        super().__init__(config, layer_idx, is_causal=False)
+        super().__init__(config, layer_idx, is_decoder=True, is_causal=False)
         self.relevance_weight = nn.Parameter(torch.ones(1))  # beta
 
     def forward(
@@ -311,11 +328,11 @@ class MargeCrossAttention(MargeAttention):
 
 
 class MargeFeedForward(nn.Module):
-    def __init__(self, config: MargeConfig, intermediate_size: int):
+    def __init__(self, config: MargeConfig, intermediate_size: int, is_decoder: bool):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, intermediate_size)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(intermediate_size, config.hidden_size)
+        self.fc2 = MargeOutputProjection(config, intermediate_size, is_decoder)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
@@ -326,9 +343,9 @@ class MargeEncoderLayer(GradientCheckpointingLayer):
         super().__init__()
         self.dropout = config.hidden_dropout_prob
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = MargeAttention(config, layer_idx, is_causal=False)
+        self.self_attn = MargeAttention(config, layer_idx, is_decoder=False, is_causal=False)
         self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MargeFeedForward(config, config.encoder_intermediate_size)
+        self.mlp = MargeFeedForward(config, config.encoder_intermediate_size, is_decoder=False)
 
     def forward(
         self,
@@ -352,7 +369,7 @@ class MargeDecoderLayer(GradientCheckpointingLayer):
         is_base = layer_idx < config.decoder_base_layers
         self.dropout = config.hidden_dropout_prob
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = MargeAttention(config, layer_idx, is_causal=True)
+        self.self_attn = MargeAttention(config, layer_idx, is_decoder=True, is_causal=True)
         if is_base:
             self.cross_attn = None
             intermediate_size = config.decoder_base_intermediate_size
@@ -361,7 +378,7 @@ class MargeDecoderLayer(GradientCheckpointingLayer):
             self.cross_attn = MargeCrossAttention(config, layer_idx)
             intermediate_size = config.decoder_intermediate_size
         self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MargeFeedForward(config, intermediate_size)
+        self.mlp = MargeFeedForward(config, intermediate_size, is_decoder=True)
 
     def forward(
         self,
@@ -413,8 +430,14 @@ class MargePreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, MargeCrossAttention):
+        if isinstance(module, MargeOutputProjection):
+            init.normal_(module.weight, std=module.initial_std)
+        elif isinstance(module, MargeCrossAttention):
             init.ones_(module.relevance_weight)
+            # What a head reads of the evidence it writes down as it is, so that from the first step on the tokens of
+            # relevant evidence are more likely, and relevance has something to learn from (our choice).
+            init.orthogonal_(module.v_proj.weight)
+            init.copy_(module.out_proj.weight, COPY_SCALE * module.v_proj.weight.T)
 
 
 class MargeStack(MargePreTrainedModel):
@@ -806,10 +829,10 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if input_name == "input_ids" and inputs.dim() == 3:
-            # generate() takes only a 2-D mask: that of the group's documents, one after the other.
+        if input_name == "input_ids" and model_kwargs.get("encoder_outputs") is None:
             if model_kwargs.get("attention_mask") is None:
                 model_kwargs["attention_mask"] = mask_of(inputs, self.config.pad_token_id)
+            # generate() takes only a 2-D mask: that of the group's documents, one after the other.
             model_kwargs["attention_mask"] = model_kwargs["attention_mask"].reshape(inputs.shape[0], -1)
         return inputs, input_name, model_kwargs
 
