@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
+from hf_paraphrase_lm.data import DataCollatorForCorrectiveLM, train_tokenizer
+from hf_paraphrase_lm.models.cocolm import CocoLMConfig, CocoLMForPretraining
 from hf_paraphrase_lm.retrieval import EvidenceDataset
-from hf_paraphrase_lm.training import evidence_losses, recall_at_k
+from hf_paraphrase_lm.training import corrective_lm_metrics, evidence_losses, recall_at_k
 
+from .reference import cocolm as naive_cocolm
 from .reference import evidence as naive
 from .reference.evidence import RowEmbedder, row_documents
 
@@ -177,3 +181,178 @@ def test_bad_groups_are_refused(dataset):
 def test_progress_bar(dataset, capfd):
     evidence_losses(Model(), dataset, collate)
     assert "evidence losses: 100%" in capfd.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a text"], vocab_size=261, progress=False)
+
+
+@pytest.fixture
+def texts(tokenizer):
+    """11 texts of 4 to 19 tokens."""
+    words = [torch.randint(5, 261, (2 + 5 * i % 16,)).tolist() for i in range(11)]
+    return [{"input_ids": [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]} for ids in words]
+
+
+@pytest.fixture
+def cocolm():
+    # The weights are wide enough for different losses in every batch and for tokens of both signs.
+    config = CocoLMConfig(
+        vocab_size=261,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=24,
+        rel_pos_bins=8,
+        max_rel_pos=8,
+        auxiliary_layers=1,
+        initializer_range=0.5,
+    )
+    return CocoLMForPretraining(config)
+
+
+def test_corrective_lm_metrics_against_a_loop(cocolm, texts, tokenizer):
+    outputs = []
+
+    def remember(module, arguments, batch, output):
+        with torch.no_grad():
+            logits = module.forward(**batch, corrupted_input_ids=output.corrupted_input_ids, output_logits=True)
+        outputs.append((batch, output.corrupted_input_ids, logits))
+
+    cocolm.register_forward_hook(remember, with_kwargs=True)
+    metrics = corrective_lm_metrics(cocolm, texts, DataCollatorForCorrectiveLM(tokenizer), 4, progress=False)
+
+    assert sorted(len(corrupted) for _, corrupted, _ in outputs) == [3, 4, 4]
+    read = sorted(row[row != -100].tolist() for batch, _, _ in outputs for row in batch["labels"])
+    assert read == sorted(row["input_ids"] for row in texts)
+    masked, tokens, contrastive = [], [], 0.0
+    for batch, corrupted, output in outputs:
+        row_of_mask = 0
+        for i in range(len(corrupted)):
+            for j in range(corrupted.shape[1]):
+                label, copy_logit = int(batch["labels"][i, j]), output.copy_logits[i, j]
+                if label == -100:
+                    continue
+                tokens.append((copy_logit, int(corrupted[i, j]) == label))
+                if int(batch["input_ids"][i, j]) != label:
+                    lm = output.auxiliary_logits[row_of_mask], output.corrective_lm_logits[row_of_mask]
+                    masked.append((*lm, copy_logit, label, int(corrupted[i, j])))
+                    row_of_mask += 1
+        views = output.contrastive_embeddings, output.span_embeddings
+        contrastive += naive_cocolm.contrastive_loss(*views, 1.0) * len(corrupted)
+    auxiliary_logits, corrective_logits, copy_logits, labels, sampled = zip(*masked, strict=True)
+    all_copy_logits, is_original = zip(*tokens, strict=True)
+    assert metrics == pytest.approx(
+        {
+            "mlm_loss": float(naive_cocolm.masked_lm_loss(auxiliary_logits, labels)),
+            "copy_loss": naive_cocolm.copy_loss(torch.stack(all_copy_logits), torch.tensor(is_original)),
+            "corrective_lm_loss": float(
+                naive_cocolm.corrective_lm_loss(corrective_logits, copy_logits, labels, sampled, "released")
+            ),
+            "contrastive_loss": contrastive / len(texts),
+            **naive_detection(torch.stack(all_copy_logits).tolist(), is_original),
+        },
+        rel=1e-4,
+    )
+
+
+def naive_detection(copy_logits, is_original):
+    right = found = flagged = replaced = 0
+    for logit, original in zip(copy_logits, is_original, strict=True):
+        says_original = logit >= 0
+        right += says_original == original
+        flagged += not says_original
+        replaced += not original
+        found += not says_original and not original
+    precision, recall = found / flagged, found / replaced
+    return {
+        "detection_accuracy": right / len(is_original),
+        "majority_rate": sum(is_original) / len(is_original),
+        "detection_precision": precision,
+        "detection_recall": recall,
+        "detection_f1": 2 * precision * recall / (precision + recall),
+    }
+
+
+class Detector(nn.Module):
+    """Replaces every masked token by the same other one and scores it `logit`, the original ones `original_logit`."""
+
+    def __init__(self, logit, original_logit=1.0):
+        super().__init__()
+        self.logits = logit, original_logit
+        self.batches = []
+
+    def forward(self, input_ids, labels, **inputs):
+        self.batches.append((input_ids, labels, inputs))
+        replaced = (labels != -100) & (labels != input_ids)
+        loss = torch.tensor(1.0)
+        return ModelOutput(
+            mlm_loss=loss,
+            copy_loss=loss,
+            corrective_lm_loss=loss,
+            contrastive_loss=loss,
+            copy_logits=torch.where(replaced, *self.logits),
+            # Padding is neither original nor replaced, whatever is read and said there.
+            corrupted_input_ids=torch.where(replaced, (labels + 1) % 261, input_ids),
+        )
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ((-0.1, 0.1), {"accuracy": 1, "precision": 1, "recall": 1, "f1": 1}),
+        # Undecided is "original", so nothing is found.
+        ((0.0, 0.0), {"accuracy": None, "precision": 0, "recall": 0, "f1": 0}),
+        ((0.1, -0.1), {"accuracy": 0, "precision": 0, "recall": 0, "f1": 0}),
+    ],
+)
+def test_detection_of_known_tokens(texts, tokenizer, logits, expected):
+    collator = DataCollatorForCorrectiveLM(tokenizer)
+    metrics = corrective_lm_metrics(Detector(*logits), texts, collator, 3, progress=False)
+    if expected["accuracy"] is None:
+        expected = expected | {"accuracy": metrics["majority_rate"]}
+    assert {name: metrics[f"detection_{name}"] for name in expected} == pytest.approx(expected)
+    assert 0.75 < metrics["majority_rate"] < 0.95
+
+
+def test_masks_follow_the_seed_alone(cocolm, texts, tokenizer):
+    def masks(seed, batch_size, collator_seed=None):
+        model = Detector(1.0)
+        collator = DataCollatorForCorrectiveLM(tokenizer, seed=collator_seed)
+        corrective_lm_metrics(model, texts, collator, batch_size, seed, progress=False)
+        return sorted(
+            (text[text != -100].tolist(), ids[text != -100].tolist())
+            for input_ids, labels, _ in model.batches
+            for ids, text in zip(input_ids, labels, strict=True)
+        )
+
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    assert masks(0, 4) == masks(0, 11) == masks(0, 1, collator_seed=5) != masks(1, 4)
+    collator = DataCollatorForCorrectiveLM(tokenizer)
+    cocolm.train()
+    first, same, other = (corrective_lm_metrics(cocolm, texts, collator, seed=s, progress=False) for s in (0, 0, 1))
+    assert first == same != other
+    assert torch.equal(before, torch.get_rng_state()) and cocolm.training and collator.seed is None
+
+
+def test_no_mask_and_a_single_text(cocolm, texts, tokenizer):
+    collator = DataCollatorForCorrectiveLM(tokenizer, mask_probability=0.0)
+    metrics = corrective_lm_metrics(cocolm, texts[:1], collator, progress=False)
+    zero = ("mlm_loss", "corrective_lm_loss", "contrastive_loss", "detection_precision", "detection_recall")
+    assert [metrics[name] for name in zero] == [0] * 5 and metrics["majority_rate"] == 1
+
+
+def test_bad_input_of_corrective_lm_metrics_is_refused(cocolm, texts, tokenizer):
+    collator = DataCollatorForCorrectiveLM(tokenizer)
+    with pytest.raises(ValueError, match=r"^corrective_lm_metrics needs one text at least, but got none\.$"):
+        corrective_lm_metrics(cocolm, [], collator)
+    with pytest.raises(ValueError, match=r"^batch_size must be at least 1, but got 0\.$"):
+        corrective_lm_metrics(cocolm, texts, collator, batch_size=0)
+
+
+def test_progress_bar_of_corrective_lm_metrics(texts, tokenizer, capfd):
+    corrective_lm_metrics(Detector(1.0), texts, DataCollatorForCorrectiveLM(tokenizer))
+    assert "corrective LM metrics: 100%" in capfd.readouterr().err

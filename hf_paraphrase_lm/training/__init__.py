@@ -1,6 +1,15 @@
-"""Around `Trainer`: refreshing the evidence while a model learns, and measuring whether it helps."""
+"""Around `Trainer`: refreshing the evidence while a model learns, its losses in the logs, and what it has learned."""
 
-from .metrics import evidence_losses, recall_at_k
+from .component_losses import LogComponentLossesCallback
+from .interrupt import StopOnInterruptCallback
+from .metrics import corrective_lm_metrics, evidence_losses, recall_at_k
 from .refresh import RefreshIndexCallback
 
-__all__ = ["RefreshIndexCallback", "evidence_losses", "recall_at_k"]
+__all__ = [
+    "LogComponentLossesCallback",
+    "RefreshIndexCallback",
+    "StopOnInterruptCallback",
+    "corrective_lm_metrics",
+    "evidence_losses",
+    "recall_at_k",
+]

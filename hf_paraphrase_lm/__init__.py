@@ -1,0 +1,50 @@
+"""Language models that learn from paraphrase, for Hugging Face Transformers: MARGE and COCO-LM.
+
+Importing this package registers both families with the Auto classes of `transformers`.
+"""
+
+from . import hub
+from .data import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing, chunk_documents, train_tokenizer
+from .models.cocolm import (
+    CocoLMConfig,
+    CocoLMForMaskedLM,
+    CocoLMForMultipleChoice,
+    CocoLMForPretraining,
+    CocoLMForQuestionAnswering,
+    CocoLMForSequenceClassification,
+    CocoLMForTokenClassification,
+    CocoLMModel,
+)
+from .models.marge import MargeConfig, MargeForConditionalGeneration, MargeForSequenceClassification, MargeModel
+from .retrieval import DocumentIndex, EvidenceDataset, LexicalEmbedder
+from .training import LogComponentLossesCallback, RefreshIndexCallback, StopOnInterruptCallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CocoLMConfig",
+    "CocoLMForMaskedLM",
+    "CocoLMForMultipleChoice",
+    "CocoLMForPretraining",
+    "CocoLMForQuestionAnswering",
+    "CocoLMForSequenceClassification",
+    "CocoLMForTokenClassification",
+    "CocoLMModel",
+    "DataCollatorForCorrectiveLM",
+    "DataCollatorForParaphrasing",
+    "DocumentIndex",
+    "EvidenceDataset",
+    "LexicalEmbedder",
+    "LogComponentLossesCallback",
+    "MargeConfig",
+    "MargeForConditionalGeneration",
+    "MargeForSequenceClassification",
+    "MargeModel",
+    "RefreshIndexCallback",
+    "StopOnInterruptCallback",
+    "chunk_documents",
+    "hub",
+    "train_tokenizer",
+]
+
+hub.register_auto_classes()
