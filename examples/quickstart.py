@@ -7,12 +7,14 @@ The text is the documentation of the Python that runs this script: thousands of 
 groups that describe one operation in several wordings (str.split and bytes.split, posixpath.join and
 PurePath.joinpath). The models are not told these groups. They only tell how many paraphrases retrieval finds.
 
-A tenth of the documents is held out of training; all losses and detection rates in the table are on these. The numbers
-in the column "trained" come from a second process, which loads both models with the Auto classes.
+A tenth of the documents is held out of training; all losses and detection rates in the table are on these, with the
+groups of evidence that each MARGE makes for itself. COCO-LM reads bytes here, MARGE parts of words. The numbers in the
+column "trained" come from a second process, which loads both models with the Auto classes.
 """
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +30,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    ProgressCallback,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -45,6 +48,7 @@ from hf_paraphrase_lm import (
     MargeConfig,
     MargeForConditionalGeneration,
     RefreshIndexCallback,
+    StopOnInterruptCallback,
     chunk_documents,
     train_tokenizer,
 )
@@ -74,6 +78,7 @@ MARGE_SIZES = {
 # The layers that retrieve learn at this share of the learning rate: while the decoder does not yet copy from evidence,
 # what the loss tells them about relevance is noise, and would undo the lexical overlap that random layers see.
 SLOW = 0.02
+MARGE_LEARNING_RATE = 1e-3
 COCOLM_SIZES = {
     "hidden_size": 128,
     "num_attention_heads": 8,
@@ -177,16 +182,21 @@ def bf16_is_faster() -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def pre_train(model, dataset, collator, tokenizer, output: Path, callbacks, seed: int, slow=(), **settings):
-    """Plain Trainer; saves model and tokenizer, and returns what was logged. `slow`: parameters that learn slower."""
+class ProgressBar(ProgressCallback):
+    """Trainer's progress bar without a line for each log: the losses are drawn at the end."""
+
+    def on_log(self, args, state, control, **kwargs):
+        pass
+
+
+def pre_train(model, parameters, dataset, collator, tokenizer, folder: Path, callbacks, **settings) -> list[dict]:
+    """Plain Trainer; saves model and tokenizer, and returns what was logged."""
     # On a CPU, fused attention in bfloat16 has a slow backward pass; at this length the plain one is faster.
     model.set_attn_implementation("eager")
     arguments = TrainingArguments(
-        output_dir=str(output),
-        seed=seed,
+        output_dir=str(folder),
         use_cpu=True,
         bf16=bf16_is_faster(),
-        lr_scheduler_type="linear",
         logging_steps=10,
         save_strategy="no",
         report_to="none",
@@ -194,42 +204,46 @@ def pre_train(model, dataset, collator, tokenizer, output: Path, callbacks, seed
         dataloader_pin_memory=False,
         **settings,
     )
-    slow_ids = set(map(id, slow))
-    parameters = [
-        {"params": [p for p in model.parameters() if id(p) not in slow_ids]},
-        {"params": list(slow), "lr": arguments.learning_rate * SLOW},
-    ]
-    optimizer = torch.optim.Adam(parameters[: 2 if slow else 1], arguments.learning_rate, (0.9, 0.98), 1e-6, fused=True)
+    stop = StopOnInterruptCallback()
     trainer = Trainer(
         model=model,
-        optimizers=(optimizer, None),
+        optimizers=(torch.optim.Adam(parameters, arguments.learning_rate, (0.9, 0.98), 1e-6, fused=True), None),
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[*callbacks, stop, ProgressBar()],
     )
+    trainer.remove_callback(ProgressCallback)
     trainer.train()
-    trainer.save_model()
+    if stop.interrupted:
+        sys.exit(f"Interrupted at update {trainer.state.global_step}: this model was not saved. Run me again.")
+    # Written beside its place and then moved there, so that no half of a model is ever found in it.
+    partial = folder.with_name(f"{folder.name}.partial")
+    trainer.save_model(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
     return trainer.state.log_history
 
 
-def pre_train_marge(model, corpus: Corpus, tokenizer, output: Path, args) -> list[dict]:
+def pre_train_marge(model, corpus: Corpus, tokenizer, folder: Path, args) -> list[dict]:
     groups = EvidenceDataset(corpus.training, num_targets=4, num_evidence=4, seed=args.seed)
     # The first groups share rare words. From the first refresh on, the model retrieves for itself.
     groups.rebuild(LexicalEmbedder(corpus.training), tokenizer.pad_token_id)
+    retrieval = list(model.model.encoder.layers[: model.config.retrieval_layers].parameters())
+    others = [p for p in model.parameters() if not any(p is q for q in retrieval)]
     return pre_train(
         model,
+        [{"params": others}, {"params": retrieval, "lr": SLOW * MARGE_LEARNING_RATE}],
         groups,
         DataCollatorForParaphrasing(tokenizer),
         tokenizer,
-        output,
+        folder,
         [RefreshIndexCallback(groups, refresh_steps=args.marge_steps // 4)],
-        args.seed,
-        slow=list(model.model.encoder.layers[: model.config.retrieval_layers].parameters()),
+        seed=args.seed,
         max_steps=args.marge_steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=MARGE_LEARNING_RATE,
         warmup_steps=30,
     )
 
@@ -248,16 +262,17 @@ def attend_to_neighbors(encoder: CocoLMModel):
             table[bucket - first, head] += 4.0
 
 
-def pre_train_cocolm(model, corpus: Corpus, tokenizer, output: Path, args) -> list[dict]:
+def pre_train_cocolm(model, corpus: Corpus, tokenizer, folder: Path, args) -> list[dict]:
     attend_to_neighbors(model.cocolm)
     return pre_train(
         model,
+        model.parameters(),
         corpus.training,
         DataCollatorForCorrectiveLM(tokenizer),
         tokenizer,
-        output,
+        folder,
         [LogComponentLossesCallback()],
-        args.seed,
+        seed=args.seed,
         max_steps=args.cocolm_steps,
         per_device_train_batch_size=16,
         learning_rate=2e-3,
@@ -276,7 +291,7 @@ def draw_curves(logs: dict[str, list[dict]], path: Path):
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     panels = [
         ("MARGE: reconstruction", "marge", {"loss": "loss"}),
-        ("COCO-LM: words", "cocolm", {"mlm_loss": "auxiliary MLM", "corrective_lm_loss": "corrective LM"}),
+        ("COCO-LM: language models", "cocolm", {"mlm_loss": "auxiliary MLM", "corrective_lm_loss": "corrective LM"}),
         ("COCO-LM: detection, contrast", "cocolm", {"copy_loss": "copy", "contrastive_loss": "contrastive"}),
     ]
     for axis, (title, model, names) in zip(axes, panels, strict=True):

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 class StopOnInterruptCallback(TrainerCallback):
     """At Ctrl-C (SIGINT) the running update is finished, a checkpoint is saved, and `trainer.train()` returns.
 
-    Without it Ctrl-C may hit Trainer while it writes, and leave a checkpoint that cannot be resumed from. A second Ctrl-C
-    stops at once, as usual, but for one during a save, which is let finish. No checkpoint is saved with
+    Without it Ctrl-C may hit Trainer while it writes, and leave a checkpoint that cannot be resumed from. A second
+    Ctrl-C stops at once, as usual, but for one during a save, which is let finish. No checkpoint is saved with
     `save_strategy="no"`.
 
         stop = StopOnInterruptCallback()
