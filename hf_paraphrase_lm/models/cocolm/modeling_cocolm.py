@@ -559,6 +559,11 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         self.contrastive_head = CocoLMTransform(config, config.contrastive_embedding_size or config.hidden_size)
         self.post_init()
 
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        # The auxiliary has a configuration of its own, which transformers before 5.20 passes over.
+        self.auxiliary.set_attn_implementation(attn_implementation, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
