@@ -3,6 +3,8 @@
 Importing this package registers both families with the Auto classes of `transformers`.
 """
 
+import transformers
+
 from . import hub
 from .data import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing, chunk_documents, train_tokenizer
 from .models.cocolm import (
@@ -14,6 +16,7 @@ from .models.cocolm import (
     CocoLMForSequenceClassification,
     CocoLMForTokenClassification,
     CocoLMModel,
+    CocoLMTokenizer,
 )
 from .models.marge import MargeConfig, MargeForConditionalGeneration, MargeForSequenceClassification, MargeModel
 from .retrieval import DocumentIndex, EvidenceDataset, LexicalEmbedder
@@ -30,6 +33,7 @@ __all__ = [
     "CocoLMForSequenceClassification",
     "CocoLMForTokenClassification",
     "CocoLMModel",
+    "CocoLMTokenizer",
     "DataCollatorForCorrectiveLM",
     "DataCollatorForParaphrasing",
     "DocumentIndex",
@@ -48,3 +52,4 @@ __all__ = [
 ]
 
 hub.register_auto_classes()
+transformers.AutoTokenizer.register(CocoLMConfig, tokenizer_class=CocoLMTokenizer, exist_ok=True)

@@ -18,8 +18,8 @@ from hf_paraphrase_lm.models.cocolm import (
     CocoLMForPretraining,
     CocoLMForSequenceClassification,
     CocoLMModel,
-    convert_fairseq_state_dict,
 )
+from hf_paraphrase_lm.models.cocolm.convert_microsoft_cocolm import convert_fairseq_state_dict
 from hf_paraphrase_lm.models.cocolm.modeling_cocolm import relative_position_bucket
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -1,7 +1,6 @@
 """COCO-LM: an encoder that learns by correcting and contrasting corrupted text."""
 
 from .configuration_cocolm import CocoLMConfig
-from .convert_microsoft_cocolm import convert_fairseq_state_dict
 from .modeling_cocolm import (
     CocoLMForMaskedLM,
     CocoLMForMultipleChoice,
@@ -13,6 +12,7 @@ from .modeling_cocolm import (
     CocoLMModel,
     CocoLMPreTrainedModel,
 )
+from .tokenization_cocolm import CocoLMTokenizer
 
 __all__ = [
     "CocoLMConfig",
@@ -25,5 +25,5 @@ __all__ = [
     "CocoLMForTokenClassification",
     "CocoLMModel",
     "CocoLMPreTrainedModel",
-    "convert_fairseq_state_dict",
+    "CocoLMTokenizer",
 ]
