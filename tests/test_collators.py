@@ -1,15 +1,17 @@
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast, set_seed
 
-from hf_paraphrase_lm.data import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing
+from hf_paraphrase_lm import CocoLMTokenizer
+from hf_paraphrase_lm.data import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing, train_tokenizer
 
 from .reference import masking
 
@@ -280,6 +282,249 @@ def test_seed_fixes_the_corruption_of_a_sequence_in_any_batch(tokenizer):
     assert (other["input_ids"] == together["input_ids"]).all(1).float().mean() < 0.2
     masked = together["input_ids"][:20, :20] == MASK
     assert len({tuple(row) for row in masked.tolist()}) > 15, "sequences of about one length differ in their masks"
+
+
+# Whole words
+
+SPECIAL_TOKENS = ["[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]"]
+TEXT = "the models that are trained to correct a text\nalso contrast two halves of it with the others in a batch"
+NEW_TEXT = "the trainers of contrastiveness with it"
+
+
+def train(model, trainer, pre_tokenizer=None, decoder=None, normalizer=None, **arguments):
+    """A fast tokenizer for `TEXT` with the special tokens of `train_tokenizer`."""
+    backend = Tokenizer(model)
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    if decoder is not None:
+        backend.decoder = decoder
+    backend.train_from_iterator(
+        [TEXT, TEXT[::-1], NEW_TEXT[::-1]], trainer(special_tokens=SPECIAL_TOKENS, show_progress=False, **arguments)
+    )
+    names = ("cls_token", "pad_token", "sep_token", "unk_token", "mask_token")
+    special = dict(zip(names, SPECIAL_TOKENS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def metaspace(mark):
+    return pre_tokenizers.Metaspace(mark), decoders.Metaspace(mark)
+
+
+def byte_level():
+    return train_tokenizer([TEXT], vocab_size=270, progress=False)
+
+
+def byte_level_with_a_first_space():
+    parts = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])
+    return train(models.BPE(), trainers.BpeTrainer, parts, decoders.ByteLevel(), vocab_size=60)
+
+
+def cocolm():
+    return CocoLMTokenizer.from_pretrained(Path(__file__).parent / "fixtures" / "cocolm_tokenizer")
+
+
+def unigram():
+    return train(models.Unigram(), trainers.UnigramTrainer, *metaspace("\u2581"), vocab_size=45, unk_token="[UNK]")
+
+
+def another_mark():
+    return train(models.BPE(), trainers.BpeTrainer, *metaspace("_"), vocab_size=60)
+
+
+def marks_of_the_normalizer():
+    mark = "\u2581"
+    tokenizer = train(models.BPE(), trainers.BpeTrainer, *metaspace(mark), vocab_size=60)
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(Regex(r"\s"), mark)])
+    backend.pre_tokenizer = None
+    return tokenizer
+
+
+def word_piece():
+    parts = (pre_tokenizers.BertPreTokenizer(), decoders.WordPiece())
+    return train(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer, *parts, vocab_size=60)
+
+
+def prefixes():
+    model, parts = models.BPE(continuing_subword_prefix="@@"), (pre_tokenizers.Whitespace(), decoders.WordPiece("@@"))
+    return train(model, trainers.BpeTrainer, *parts, vocab_size=70, continuing_subword_prefix="@@")
+
+
+def suffixes():
+    model, parts = models.BPE(end_of_word_suffix="</w>"), (pre_tokenizers.Whitespace(), decoders.BPEDecoder("</w>"))
+    return train(model, trainers.BpeTrainer, *parts, vocab_size=70, end_of_word_suffix="</w>")
+
+
+def characters():
+    parts = (pre_tokenizers.Split("", "isolated"), decoders.Fuse())
+    return train(models.BPE(), trainers.BpeTrainer, *parts, vocab_size=40)
+
+
+# Each with what begins a word, or else ends one.
+TOKENIZERS = {
+    byte_level: (tuple("\u0109\u010a\u010b\u010c\u010d\u0120"), ()),
+    byte_level_with_a_first_space: ("\u0120", ()),
+    cocolm: ("\u2581", ()),
+    unigram: (("\u2581", "\n"), ()),
+    another_mark: (("_", "\n"), ()),
+    marks_of_the_normalizer: ("\u2581", ()),
+    word_piece: (None, ()),
+    prefixes: (None, ()),
+    suffixes: ((), ("</w>",)),
+    characters: ((" ", "\n"), ()),
+}
+
+
+def naive_words(kind, tokenizer, ids):
+    begin, ends = TOKENIZERS[kind]
+    continues = {word_piece: "##", prefixes: "@@"}.get(kind)
+
+    def begins(token):
+        return token.startswith(begin) if continues is None else not token.startswith(continues)
+
+    return masking.words(tokenizer.convert_ids_to_tokens(ids), begins, SPECIAL_TOKENS, ends)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_words_of_any_fast_tokenizer(kind):
+    """The words that are masked as a whole are those of the text, and more tokens than words are read."""
+    tokenizer = kind()
+    for text in (TEXT, NEW_TEXT):
+        ids = [CLS, *tokenizer(text, add_special_tokens=False)["input_ids"], SEP]
+        assert len(ids) - 2 > len(text.split())
+        words = naive_words(kind, tokenizer, ids)
+        assert [tokenizer.decode([ids[i] for i in word]).strip() for word in words[:-1]] == text.split()
+        assert words[-1] == [len(ids) - 1]
+        collator = DataCollatorForCorrectiveLM(tokenizer, 0.4, seed=0, whole_word_masking=True)
+        for seed in range(30):
+            collator.seed = seed
+            masked = collator([{"input_ids": ids}])["input_ids"][0] == tokenizer.mask_token_id
+            assert [len(set(masked[word].tolist())) for word in words] == [1] * len(words)
+            # int(0.4 * w * n / (n - 1) + U[0, 1)) words.
+            number = sum(bool(masked[word[0]]) for word in words)
+            assert abs(number - 0.4 * len(words) * len(ids) / (len(ids) - 1)) < 1
+
+
+@pytest.mark.parametrize("mask_probability", [0.0, 0.15, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [byte_level, word_piece, suffixes])
+def test_batch_of_whole_words_equals_a_loop_over_sequences(kind, mask_probability):
+    """Of any token ids: words cut at both ends, several special tokens in a row, and no [CLS] in front."""
+    tokenizer = kind()
+    collator = DataCollatorForCorrectiveLM(tokenizer, mask_probability, whole_word_masking=True)
+    set_seed(1)
+    sequences = [torch.randint(len(tokenizer), (int(length),)).tolist() for length in torch.randint(1, 65, (200,))]
+    state = torch.get_rng_state()
+    batch = collator([{"input_ids": ids} for ids in sequences])
+    torch.set_rng_state(state)
+    draws = torch.rand(len(sequences), 2 + batch["input_ids"].shape[1], dtype=torch.float64)
+    for row, ids in enumerate(sequences):
+        words = naive_words(kind, tokenizer, ids)
+        masked, span = masking.corrupt(ids, mask_probability, 0.9, MASK, CLS, draws[row].tolist(), words)
+        assert batch["input_ids"][row, : len(ids)].tolist() == masked
+        assert batch["span_input_ids"][row, : len(span)].tolist() == span
+        assert batch["input_ids"][row, len(ids) :].eq(PAD).all()
+        assert batch["labels"][row].tolist() == ids + [-100] * (batch["labels"].shape[1] - len(ids))
+
+
+def test_special_and_added_tokens_are_words():
+    tokenizer = byte_level()
+    tokenizer.add_tokens("COCO-LM")
+    added = len(tokenizer) - 1
+    space_t, t, comma = tokenizer.convert_tokens_to_ids(["\u0120t", "t", ","])
+    # A chunk that begins within a word: [CLS] t t, COCO-LM t [SEP] [SEP] t [MASK] t [SEP], with " t" between some.
+    ids = [CLS, t, t, comma, space_t, t, added, t, SEP, SEP, t, MASK, t, SEP]
+    words = [[1, 2, 3], [4, 5], [6], [7], [8], [9], [10], [11], [12], [13]]
+    collator = DataCollatorForCorrectiveLM(tokenizer, whole_word_masking=True)
+    tokens = torch.tensor([ids, [*ids[:4], *[PAD] * 10]])
+    numbers = collator._word_numbers(tokens, torch.tensor([[1] * 14, [1] * 4 + [0] * 10]))
+    assert numbers.tolist() == [
+        [0, *(number for number, word in enumerate(words, 1) for _ in word)],
+        [0, 1, 1, 1, *[0] * 10],
+    ]
+
+
+def test_rates_of_whole_words():
+    """The expected number of masks is 0.15 n, and long words are masked as often as short ones."""
+    set_seed(0)
+    tokenizer, rows = word_piece(), 20_000
+    head, tail = tokenizer.convert_tokens_to_ids(["t", "##t"])
+    ids = [CLS, *(token for length in (1, 5, 1, 2, 3, 1, 8) for token in [head] + [tail] * (length - 1)), SEP]
+    batch = DataCollatorForCorrectiveLM(tokenizer, whole_word_masking=True)([{"input_ids": ids}] * rows)
+    masked, n = (batch["input_ids"] == MASK).double(), len(ids)
+    assert not masked[:, 0].any()
+    # Of 8 words int(1.257 + U[0, 1)) are masked; a deviation of 0.016 is six standard ones.
+    torch.testing.assert_close(
+        masked[:, 1:].mean(0), torch.full((n - 1,), 0.15 * n / (n - 1)).double(), atol=0.016, rtol=0
+    )
+    number = masked.sum(1)
+    assert number.mean().item() == pytest.approx(0.15 * n, abs=5 * number.std().item() / rows**0.5)
+    assert number.min() == 1
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_whole_words_of_short_sequences(length):
+    tokenizer = byte_level()
+    collator = DataCollatorForCorrectiveLM(tokenizer, mask_probability=1.0, whole_word_masking=True)
+    batch = collator([{"input_ids": [CLS, *tokenizer.convert_tokens_to_ids(["t", "t"])][:length]}] * 20)
+    assert batch["input_ids"].tolist() == [[CLS] + [MASK] * (length - 1)] * 20
+
+
+def test_whole_words_of_a_vocabulary_of_words(tokenizer):
+    """Each token is a word, so that nothing changes."""
+    examples = [{"input_ids": sequence(length)} for length in range(1, 60)]
+    plain, whole = (DataCollatorForCorrectiveLM(tokenizer, seed=0, whole_word_masking=on)(examples) for on in (0, 1))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(whole[name], tensor, atol=0, rtol=0)
+
+
+def test_seed_fixes_the_masked_words_of_a_sequence_in_any_batch():
+    tokenizer = byte_level()
+    texts = [TEXT[start:] for start in range(0, 90, 3)]
+    examples = [{"input_ids": ids} for ids in tokenizer(texts)["input_ids"]]
+    collator = DataCollatorForCorrectiveLM(tokenizer, seed=3, whole_word_masking=True)
+    together, reversed_batch = collator(examples), collator(examples[::-1])
+    for row, example in enumerate(examples):
+        alone = collator([example])
+        for name, tensor in alone.items():
+            expected = tensor[0].tolist()
+            assert together[name][row, : len(expected)].tolist() == expected
+            assert reversed_batch[name][-1 - row, : len(expected)].tolist() == expected
+
+
+def test_tokenizers_whose_words_cannot_be_told():
+    sentence = (
+        "whole_word_masking needs tokens that show where words begin or end, but those of this tokenizer "
+        "(TokenizersBackend with a BPE model) have no marks such as '\u0120', '\u2581', '##' or '</w>'. "
+        "Make one with train_tokenizer, or leave whole_word_masking off."
+    )
+    unmarked = train(models.BPE(), trainers.BpeTrainer, pre_tokenizers.Whitespace(), vocab_size=60)
+    no_letters = train(
+        models.BPE(), trainers.BpeTrainer, None, None, normalizers.Replace(Regex("[^o ]"), ""), vocab_size=60
+    )
+    for tokenizer in (unmarked, no_letters):
+        DataCollatorForCorrectiveLM(tokenizer)
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            DataCollatorForCorrectiveLM(tokenizer, whole_word_masking=True)
+    slow = ByT5Tokenizer(cls_token="<cls>", mask_token="<mask>")
+    sentence = (
+        "whole_word_masking needs a fast tokenizer, which is one of the tokenizers library, "
+        "but got a ByT5Tokenizer, which is not."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        DataCollatorForCorrectiveLM(slow, whole_word_masking=True)
+
+
+@pytest.mark.parametrize("foreign", [-1, 270])
+def test_words_of_foreign_ids(foreign):
+    collator = DataCollatorForCorrectiveLM(byte_level(), whole_word_masking=True)
+    sentence = (
+        f"input_ids must be ids of the tokenizer, 0 to 269, but go from {min(foreign, 0)} to {max(foreign, 5)}. "
+        "Were they made with another tokenizer?"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+        collator([{"input_ids": [CLS, 5, foreign]}])
 
 
 # Python 3.12 and later warn when a process with threads, which PyTorch has, is forked.

@@ -1,8 +1,19 @@
 """COCO-LM configuration."""
 
+import copy
+import difflib
+from dataclasses import fields
+
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# Our choice: from this similarity on (difflib's ratio) an unknown key is a misspelt field. One wrong letter in the
+# shortest field gives 0.9, and no key that transformers or the authors' code writes is above 0.87.
+MISSPELT = 0.87
 
 
 @strict
@@ -48,10 +59,21 @@ class CocoLMConfig(PreTrainedConfig):
         auxiliary_sampling (`str`, defaults to `"eval"`):
             Logits that replacements are sampled from in training. `"eval"`: a second pass without dropout; `"train"`:
             those of the loss; `"zero_dropout"`: those of the loss, the auxiliary network having no dropout.
+        discriminator_objective (`str`, defaults to `"corrective_lm"`):
+            What the main network learns besides the contrast of sequences. `"corrective_lm"`: to tell replaced tokens
+            and to restore the original ones; `"replaced_token_detection"`: only to tell them, as in ELECTRA (Clark et
+            al. 2020); `"masked_lm"`: to fill the masks itself, without an auxiliary network.
+        main_config (`PreTrainedConfig`, *optional*):
+            The main network, if it is no COCO-LM encoder; see [`CocoLMForPretraining.from_encoders`]. Sizes and special
+            tokens are then read from it, and the fields above that describe the encoder have no effect.
+        auxiliary_config (`PreTrainedConfig`, *optional*): The auxiliary network beside such a main one.
         tie_word_embeddings (`bool`, defaults to `True`):
             Must be true: the language model heads and the auxiliary network share the main network's embeddings.
 
+    A key that is no field stays an attribute, as in every configuration, and is saved; one line of the log names it.
+
     Raises:
+        ValueError: If a key resembles a field so much that it is a misspelling.
         huggingface_hub.errors.StrictDataclassError:
             If a value has a wrong type, is out of bounds or contradicts another one; the sentence names the field, its
             value and the bound.
@@ -68,6 +90,7 @@ class CocoLMConfig(PreTrainedConfig):
     """
 
     model_type = "cocolm"
+    sub_configs = {"main_config": AutoConfig, "auxiliary_config": AutoConfig}
 
     vocab_size: int = 64_000
     hidden_size: int = 768
@@ -92,11 +115,52 @@ class CocoLMConfig(PreTrainedConfig):
     contrastive_embedding_size: int | None = None
     corrective_lm_form: str = "released"
     auxiliary_sampling: str = "eval"
+    discriminator_objective: str = "corrective_lm"
+    main_config: dict | PreTrainedConfig | None = None
+    auxiliary_config: dict | PreTrainedConfig | None = None
     tie_word_embeddings: bool = True
     # The ids of the released vocabulary, which its config.json does not tell.
     bos_token_id: int | None = 0
     pad_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+
+    def __post_init__(self, **kwargs):
+        for name in self.sub_configs:
+            if isinstance(encoder := getattr(self, name), dict):
+                setattr(self, name, AutoConfig.for_model(**encoder))
+        super().__post_init__(**kwargs)
+        self._check_keys(kwargs)
+        if (self.main_config is None) != (self.auxiliary_config is None):
+            raise ValueError("main_config and auxiliary_config go together, but only one of them was given.")
+        if self.main_config is not None:
+            self.set_encoders(self.main_config, self.auxiliary_config)
+
+    def _check_keys(self, kwargs: dict):
+        """Refuses misspelt fields; tells of other keys that transformers did not understand, but kept as attributes."""
+        known = ("auto_map", "quantization_config", *dir(type(self)))
+        unknown = [key for key in kwargs if key in vars(self) and key not in known and not key.startswith("_")]
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        names = [field.name for field in fields(self) if field.name not in inherited] + ["num_labels"]
+        for key in unknown:
+            written = key.lower().replace("-", "_")
+            if closest := difflib.get_close_matches(written, names, n=1, cutoff=MISSPELT):
+                raise ValueError(
+                    f"{type(self).__name__} has no field {key!r}, but has {closest[0]!r}. Correct the spelling, in "
+                    "config.json if it stands there."
+                )
+        if unknown:
+            logger.warning_once(
+                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}. The value is kept, but no model "
+                "of this package reads it."
+            )
+
+    def set_encoders(self, main: PreTrainedConfig, auxiliary: PreTrainedConfig):
+        """Makes these the encoders instead of COCO-LM's own, and takes over the main one's sizes and special tokens."""
+        self.main_config, self.auxiliary_config = copy.deepcopy(main), copy.deepcopy(auxiliary)
+        taken = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+        taken += ["initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"]
+        for name in taken:
+            setattr(self, name, getattr(main, name, getattr(self, name)))
 
     def validate_sizes(self):
         """Checks that the sizes fit each other (called at construction, save and load)."""
@@ -107,7 +171,8 @@ class CocoLMConfig(PreTrainedConfig):
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but got {getattr(self, name)}.")
-        if self.hidden_size % self.num_attention_heads:
+        # Other encoders check their own.
+        if self.main_config is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}), but got "
                 f"{self.hidden_size}. Every head works on an equal part of the hidden state."
@@ -138,6 +203,7 @@ class CocoLMConfig(PreTrainedConfig):
         choices = {
             "corrective_lm_form": ("released", "paper"),
             "auxiliary_sampling": ("eval", "train", "zero_dropout"),
+            "discriminator_objective": ("corrective_lm", "replaced_token_detection", "masked_lm"),
             "hidden_act": tuple(sorted(ACT2FN)),
         }
         for name, allowed in choices.items():

@@ -12,10 +12,13 @@ Modules of the encoder have the names of the released checkpoints.
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
+from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -28,11 +31,13 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cocolm import CocoLMConfig
+
+logger = logging.get_logger(__name__)
 
 # Added to the scores of padding: softmax makes it an exact zero, and unlike the minimum of float32 it stays finite
 # when autocast turns it into float16 or bfloat16, so a row of nothing but padding gives no NaN.
@@ -165,6 +170,7 @@ def contrastive_loss(
     temperature: float = 1.0,
     all_ranks: bool = False,
     num_anchors: torch.Tensor | int | None = None,
+    other_embeddings: torch.Tensor | None = None,
 ) -> torch.Tensor:
     r"""Sequence contrastive loss: NT-Xent over the two views of every text (Chen et al. 2020, equation 1).
 
@@ -181,10 +187,21 @@ def contrastive_loss(
             number of rows. The mean stays over this rank's anchors, so that the mean over the ranks, which
             data-parallel training takes, is the loss of the whole batch.
         num_anchors: Divides instead of this rank's number of anchors, to normalise over more than this batch.
+        other_embeddings: `(2, others, size)`: both views of the texts in the other batches of this update, computed
+            beforehand without gradient (Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory
+            Limited Setup"). The value is still that of this batch's anchors; the gradient is that of all anchors with
+            respect to this batch's embeddings, so that the batches' sum is the gradient of the whole update.
 
     Returns:
         Scalar, float32, in nats; 0 if there is only one text.
     """
+    if other_embeddings is not None:
+        num_own = len(embeddings)
+        if num_anchors is None:
+            num_anchors = 2 * is_text.sum().clamp(min=1)
+        embeddings = torch.cat([embeddings, other_embeddings[0]])
+        span_embeddings = torch.cat([span_embeddings, other_embeddings[1]])
+        is_text = F.pad(is_text, (0, other_embeddings.shape[1]), value=True)
     anchors = F.normalize(torch.cat([embeddings, span_embeddings]).float(), dim=-1)
     is_text = is_text.repeat(2)
     candidates, is_candidate, first = anchors, is_text, 0
@@ -197,7 +214,12 @@ def contrastive_loss(
     scores = anchors @ candidates.T / temperature
     scores = scores.masked_fill(~is_candidate, PADDING_SCORE)
     scores = scores.scatter(1, (first + itself)[:, None], -torch.inf)
-    return cross_entropy(scores, positive.masked_fill(~is_text, -100), num_anchors)
+    positive = positive.masked_fill(~is_text, -100)
+    loss = cross_entropy(scores, positive, num_anchors)
+    if other_embeddings is None:
+        return loss
+    is_own = itself % len(embeddings) < num_own
+    return loss + (cross_entropy(scores[is_own], positive[is_own], num_anchors) - loss).detach()
 
 
 def eager_attention_forward(
@@ -380,6 +402,111 @@ class CocoLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": CocoLMLayer, "attentions": CocoLMSelfAttention}
+    # Buffer that encoders of transformers 4 wrote into their checkpoints.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        r"""Loads a checkpoint as `PreTrainedModel.from_pretrained` does, but refuses one that does not fit the model.
+
+        The encoder must be complete, and so must a head or auxiliary network that the checkpoint has. Those that it
+        does not have at all are initialised, which one line of the log says. Only weights are read, even with
+        `weights_only=False`: no code in a checkpoint runs.
+
+        Args:
+            pretrained_model_name_or_path, model_args, kwargs: See `PreTrainedModel.from_pretrained`.
+            output_loading_info: Whether to return also which weights were missing, unexpected or of another shape.
+            ignore_mismatched_sizes: Whether weights of another shape are initialised, and not refused.
+
+        Raises:
+            RuntimeError: If a file of weights cannot be read; or if a weight is missing, not part of the model, of
+                another shape, NaN or infinite.
+        """
+        try:
+            model, loading = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                output_loading_info=True,
+                # Refused below instead, with their names and shapes.
+                ignore_mismatched_sizes=True,
+                **kwargs | {"weights_only": True},
+            )
+        except Exception as error:
+            if pretrained_model_name_or_path is not None:
+                _check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), error)
+            raise
+        mismatched = {name: shapes for name, *shapes in loading["mismatched_keys"]}
+        source = pretrained_model_name_or_path or "the state dict"
+        _check_weights(model, loading, {} if ignore_mismatched_sizes else mismatched, source)
+        if fresh := {name.split(".")[0] for name in loading["missing_keys"]} | mismatched.keys():
+            logger.warning(
+                f"{cls.__name__} from {source}: initialised anew, because the checkpoint does not have them in this "
+                f"form: {', '.join(sorted(fresh))}. Train them before use."
+            )
+        return (model, loading) if output_loading_info else model
+
+
+def _check_files(folder: Path, error: Exception):
+    """Names the file of weights that cannot be read, if that is why loading ended with `error`."""
+    for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("model*.safetensors"))):
+        try:
+            if file.suffix == ".safetensors":
+                safe_open(file, "pt")
+            elif not all(map(torch.is_tensor, torch.load(file, "meta", weights_only=True).values())):
+                raise TypeError("not only tensors")
+        # A damaged file ends in any error.
+        except Exception:
+            raise RuntimeError(
+                f"{file} ({file.stat().st_size} bytes) cannot be read as weights. It may be cut off: compare its size "
+                "and copy it again, as a whole. Or it holds more than tensors by their names, which could run code and "
+                "is not loaded: convert_microsoft_cocolm.py converts checkpoints of fairseq."
+            ) from error
+
+
+def _check_weights(model: PreTrainedModel, loading: dict, mismatched: dict, source):
+    """Refuses weights that do not fit the model, all at once."""
+    missing = set(loading["missing_keys"])
+    # Besides the encoder, by its names alone and in a model with a head, what the checkpoint has a part of. Weights
+    # tied to another one are loaded with that.
+    loaded = model.state_dict().keys() - missing - model.all_tied_weights_keys.keys()
+    complete = {name.split(".")[0] for name in loaded}
+    complete |= {model.base_model_prefix, "embeddings", "encoder", "relative_attention_bias"}
+    # Plain ones: not quantised, sharded or left on the disk.
+    plain = {
+        name: weight.detach()
+        for name, weight in model.named_parameters()
+        if type(weight) is nn.Parameter and not weight.is_meta and weight.dtype.itemsize > 1
+    }
+    problems = {
+        "missing": [name for name in missing if name.split(".")[0] in complete],
+        "not in the model": [name for name in loading["unexpected_keys"] if name.split(".")[0] in complete],
+        "of another shape, which ignore_mismatched_sizes=True would initialise": [
+            f"{name} {tuple(given)} instead of {tuple(expected)}" for name, (given, expected) in mismatched.items()
+        ],
+        # A sum takes no memory, and is finite only if all are; but one of finite values may overflow.
+        "NaN or infinite": [
+            name
+            for name, weight in plain.items()
+            if not weight.sum(dtype=torch.float32).isfinite() and not weight.isfinite().all()
+        ],
+    }
+    found = [
+        f"{len(names)} {problem}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for problem, names in problems.items()
+        if names
+    ]
+    if found:
+        raise RuntimeError(
+            f"The weights of {source} do not fit {type(model).__name__}. {'; '.join(found)}. Either the checkpoint is "
+            "damaged, or its config.json is missing or of another model."
+        )
 
 
 class CocoLMModel(CocoLMPreTrainedModel):
@@ -391,6 +518,12 @@ class CocoLMModel(CocoLMPreTrainedModel):
 
     def __init__(self, config: CocoLMConfig):
         super().__init__(config)
+        if config.main_config is not None:
+            raise ValueError(
+                f"This configuration is of pre-training with other encoders ({config.main_config.model_type}), not of "
+                "a COCO-LM encoder. Load it with CocoLMForPretraining; base_model.save_pretrained writes its main "
+                f"encoder as a {config.main_config.model_type} checkpoint."
+            )
         self.embeddings = CocoLMEmbeddings(config)
         self.encoder = CocoLMEncoder(config)
         if config.rel_pos_bins:
@@ -425,12 +558,42 @@ class CocoLMModel(CocoLMPreTrainedModel):
         attention_bias = self.attention_bias(hidden_states, attention_mask)
         return BaseModelOutput(last_hidden_state=self.encoder(hidden_states, attention_bias, **kwargs))
 
+    @torch.no_grad()
+    def attend_to_neighbors(self, strength: float = 4.0):
+        """Lets each of the first 8 heads prefer one of the tokens 1 to 4 to the left or right, in all layers.
+
+        Our choice, for short trainings from random weights: that neighbors matter takes an encoder of this kind its
+        first thousands of updates to find out, and until then it learns little else.
+
+        Args:
+            strength: Added to the attention scores of that neighbor.
+
+        Raises:
+            ValueError: If `rel_pos_bins` is too small for these neighbors to have a bucket each.
+        """
+        offsets = torch.tensor([-1, 1, -2, 2, -3, 3, -4, 4][: self.config.num_attention_heads])
+        if self.config.rel_pos_bins < 16:
+            raise ValueError(
+                "rel_pos_bins must be at least 16 to tell the 4 nearest tokens apart, but is "
+                f"{self.config.rel_pos_bins}."
+            )
+        heads = torch.arange(len(offsets))
+        self.relative_attention_bias.weight[self.position_buckets(offsets), heads] += strength
+
+    def position_buckets(self, distance: torch.Tensor) -> torch.Tensor:
+        """Rows of the table of position biases for distances between tokens, int64 of any shape, key minus query.
+
+        They are counted from the bucket of the largest distance in the position table, whatever the input's length
+        (authors' code).
+        """
+        farthest = distance.new_tensor(1 - self.config.max_position_embeddings)
+        sizes = self.config.rel_pos_bins, self.config.max_rel_pos
+        return relative_position_bucket(distance, *sizes) - relative_position_bucket(farthest, *sizes)
+
     def attention_bias(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         r"""What is added to the attention scores of every layer: relative position bias and padding.
 
-        Buckets are counted from that of the largest distance in the position table, whatever the input's length
-        (authors' code). They are computed here and not stored: a plain attribute would stay on the meta device when a
-        checkpoint is loaded.
+        It is computed here and not stored: a plain attribute would stay on the meta device when a checkpoint is loaded.
 
         Args:
             hidden_states: `(batch, length, hidden_size)`, read for its shape, type and device.
@@ -442,10 +605,7 @@ class CocoLMModel(CocoLMPreTrainedModel):
         batch_size, length, _ = hidden_states.shape
         bias = None
         if self.config.rel_pos_bins:
-            distance = torch.arange(1 - length, length, device=hidden_states.device)
-            farthest = distance.new_tensor(1 - self.config.max_position_embeddings)
-            sizes = self.config.rel_pos_bins, self.config.max_rel_pos
-            buckets = relative_position_bucket(distance, *sizes) - relative_position_bucket(farthest, *sizes)
+            buckets = self.position_buckets(torch.arange(1 - length, length, device=hidden_states.device))
             position = torch.arange(length, device=hidden_states.device)
             # (query, key), from a row of distances
             buckets = buckets[position[None, :] - position[:, None] + length - 1]
@@ -463,9 +623,9 @@ class CocoLMModel(CocoLMPreTrainedModel):
 class CocoLMTransform(nn.Module):
     """Dense, activation, LayerNorm: the head that embeds a text, and the first part of the language model head."""
 
-    def __init__(self, config: CocoLMConfig, size: int):
+    def __init__(self, config: CocoLMConfig, size: int, hidden_size: int | None = None):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, size)
+        self.dense = nn.Linear(hidden_size or config.hidden_size, size)
         self.activation = ACT2FN[config.hidden_act]
         self.LayerNorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
 
@@ -476,12 +636,22 @@ class CocoLMTransform(nn.Module):
 class CocoLMLMHead(CocoLMTransform):
     """Masked language model head, with the tied word embeddings and a bias of its own."""
 
-    def __init__(self, config: CocoLMConfig):
-        super().__init__(config, config.hidden_size)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+    def __init__(self, config: CocoLMConfig, embedding_size: int | None = None, hidden_size: int | None = None):
+        embedding_size = embedding_size or config.hidden_size
+        super().__init__(config, embedding_size, hidden_size)
+        self.decoder = nn.Linear(embedding_size, config.vocab_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.decoder(super().forward(hidden_states))
+
+
+def _embedding_weights(encoder: PreTrainedModel) -> tuple[str, dict[str, torch.Size]]:
+    """Name of the word embeddings' weight, and shapes by name of all weights of the embedding layer that it is in."""
+    words = next(name for name, module in encoder.named_modules() if module is encoder.get_input_embeddings())
+    layer = words.rpartition(".")[0]
+    # Word embeddings at the top of a network are in no such layer.
+    prefix = f"{layer or words}."
+    return f"{words}.weight", {n: weight.shape for n, weight in encoder.named_parameters() if n.startswith(prefix)}
 
 
 @dataclass
@@ -494,12 +664,14 @@ class CocoLMForPretrainingOutput(ModelOutput):
     Args:
         loss: Scalar, float32: mlm_loss + copy_loss_weight * copy_loss + corrective_lm_loss + contrastive_loss_weight *
             contrastive_loss. Like all losses, only with `labels`.
-        mlm_loss: Scalar, float32, mean over masked tokens: the auxiliary network's.
-        copy_loss: Scalar, float32, mean over all tokens, unweighted.
-        corrective_lm_loss: Scalar, float32, mean over masked tokens.
+        mlm_loss: Scalar, float32, mean over masked tokens: the auxiliary network's, or with the objective `"masked_lm"`
+            the main one's.
+        copy_loss: Scalar, float32, mean over all tokens, unweighted. 0 with the objective `"masked_lm"`.
+        corrective_lm_loss: Scalar, float32, mean over masked tokens. 0 with other objectives than `"corrective_lm"`.
         contrastive_loss: Scalar, float32, mean over both views of every text, unweighted. 0 for a single text, without
             `span_input_ids` or with weight 0.
-        copy_logits: `(batch, length)`, float: logit of the probability that a token is original.
+        copy_logits: `(batch, length)`, float: logit of the probability that a token is original; `None` with the
+            objective `"masked_lm"`.
         corrupted_input_ids: `(batch, length)`, int64: what the main network read.
         auxiliary_logits: `(masked, vocab_size)`, float, the masked positions in row-major order. With `output_logits`.
         corrective_lm_logits: `(masked, vocab_size)`, float, same positions. With `output_logits`.
@@ -531,33 +703,147 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
     Gradients: the MLM loss trains the auxiliary network, the other losses the main one; the tokens sampled in between
     carry none. The embeddings belong to both, so they get all gradients. The corrective loss does not train the copy
     head: its copy probability is a constant.
+
+    `config.discriminator_objective` chooses what the main network learns (ablated in the paper's table 4). Weights
+    that an objective does not use stay as they are, without gradient.
+
+    The networks are COCO-LM encoders, or with [`~CocoLMForPretraining.from_encoders`] any others. `base_model` is the
+    main one: `base_model.save_pretrained(folder)` writes it as a checkpoint of its own class.
     """
 
     # Each loss has its own normaliser, so the one count of labels that Trainer offers cannot replace the means.
     accepts_loss_kwargs = False
-    _tied_weights_keys = {
-        "auxiliary.embeddings.word_embeddings.weight": "cocolm.embeddings.word_embeddings.weight",
-        "auxiliary.embeddings.position_embeddings.weight": "cocolm.embeddings.position_embeddings.weight",
-        "auxiliary.embeddings.LayerNorm.weight": "cocolm.embeddings.LayerNorm.weight",
-        "auxiliary.embeddings.LayerNorm.bias": "cocolm.embeddings.LayerNorm.bias",
-        "auxiliary_lm_head.decoder.weight": "cocolm.embeddings.word_embeddings.weight",
-        "corrective_lm_head.weight": "cocolm.embeddings.word_embeddings.weight",
-    }
 
     def __init__(self, config: CocoLMConfig):
         super().__init__(config)
-        self.cocolm = CocoLMModel(config)
-        auxiliary_config = copy.deepcopy(config)
-        auxiliary_config.num_hidden_layers = config.auxiliary_layers
+        auxiliary_config = copy.deepcopy(config if config.main_config is None else config.auxiliary_config)
+        if config.main_config is None:
+            auxiliary_config.num_hidden_layers = config.auxiliary_layers
         if config.auxiliary_sampling == "zero_dropout":
-            auxiliary_config.hidden_dropout_prob = 0.0
-            auxiliary_config.attention_probs_dropout_prob = 0.0
-        self.auxiliary = CocoLMModel(auxiliary_config)
-        self.auxiliary_lm_head = CocoLMLMHead(config)
+            for name, value in auxiliary_config.to_dict().items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(auxiliary_config, name, 0.0)
+        if config.main_config is None:
+            self.cocolm, self.auxiliary = CocoLMModel(config), CocoLMModel(auxiliary_config)
+        else:
+            self.cocolm, self.auxiliary = map(AutoModel.from_config, (config.main_config, auxiliary_config))
+        # Embeddings may be narrower than the layers, as ELECTRA's are.
+        embedding_size = self.cocolm.get_input_embeddings().embedding_dim
+        auxiliary_embedding_size = self.auxiliary.get_input_embeddings().embedding_dim
+        self.auxiliary_lm_head = CocoLMLMHead(config, auxiliary_embedding_size, auxiliary_config.hidden_size)
         self.copy_head = nn.Linear(config.hidden_size, 1)
-        self.corrective_lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        is_narrow = embedding_size != config.hidden_size
+        self.corrective_lm_projection = nn.Linear(config.hidden_size, embedding_size) if is_narrow else nn.Identity()
+        self.corrective_lm_head = nn.Linear(embedding_size, config.vocab_size)
         self.contrastive_head = CocoLMTransform(config, config.contrastive_embedding_size or config.hidden_size)
+        self._tied_weights_keys = self._shared_weights()
         self.post_init()
+
+    def _shared_weights(self) -> dict[str, str]:
+        """Names of the weights that are another weight, and that one's name.
+
+        Both networks share all embeddings, as in COCO-LM, where those have the same names and shapes in both.
+        """
+        words, weights = _embedding_weights(self.cocolm)
+        auxiliary_words, auxiliary_weights = _embedding_weights(self.auxiliary)
+        shared = {}
+        if auxiliary_weights == weights:
+            shared = {f"auxiliary.{name}": f"cocolm.{name}" for name in weights}
+        auxiliary_words = f"auxiliary.{auxiliary_words}"
+        shared["auxiliary_lm_head.decoder.weight"] = shared.get(auxiliary_words, auxiliary_words)
+        shared["corrective_lm_head.weight"] = f"cocolm.{words}"
+        return shared
+
+    def tie_weights(self, *args, **kwargs):
+        """Ties the shared weights, and takes the gradient from those that the objective does not use.
+
+        Distributed training waits for every gradient that it expects. Loading replaces all weights, and ends with this.
+        """
+        super().tie_weights(*args, **kwargs)
+        unused = ["cocolm.pooler.", "auxiliary.pooler."]
+        if not self.config.contrastive_loss_weight:
+            unused += ["contrastive_head."]
+        if self.config.discriminator_objective == "replaced_token_detection":
+            unused += ["corrective_lm_head.", "corrective_lm_projection."]
+        elif self.config.discriminator_objective == "masked_lm":
+            unused += ["auxiliary.", "auxiliary_lm_head.", "copy_head."]
+        # A shared weight has the name that the main network gives it.
+        for name, weight in self.named_parameters():
+            if name.startswith(tuple(unused)):
+                weight.requires_grad_(False)
+
+    @classmethod
+    def from_encoders(
+        cls, main: PreTrainedModel, auxiliary: PreTrainedModel, config: CocoLMConfig | None = None, **kwargs
+    ) -> "CocoLMForPretraining":
+        """Two encoders of any families of the Auto classes (BERT, ELECTRA, ModernBERT, ...) under this objective.
+
+        Their weights are copied; the heads are new. Networks of your own need only be a `PreTrainedModel` that is
+        registered with `AutoModel`, called as `model(input_ids=..., attention_mask=...)` and returning
+        `last_hidden_state` `(batch, length, hidden_size)`.
+
+        The auxiliary network shares the main one's embeddings if both have embeddings of the same names and shapes; if
+        it comes with other values, it loses them to those of the main one, which is logged.
+
+        Args:
+            main: The encoder to pre-train; of a model with a head, its `base_model`.
+            auxiliary: The smaller encoder that corrupts the text, with the same vocabulary.
+            config: Settings of the objective; by default those of `kwargs`.
+            kwargs: Fields of [`CocoLMConfig`], such as `copy_loss_weight=50`.
+
+        Raises:
+            TypeError: If a network is no `PreTrainedModel`.
+            ValueError: If the vocabularies differ in size, or a network is not registered with `AutoModel`.
+        """
+        for name, encoder in {"main": main, "auxiliary": auxiliary}.items():
+            if not isinstance(encoder, PreTrainedModel):
+                raise TypeError(
+                    f"{name} must be a PreTrainedModel, such as AutoModel gives, but got a {type(encoder).__name__}. "
+                    "Wrap it in one and register that with AutoConfig and AutoModel, so that it can be saved."
+                )
+        main, auxiliary = main.base_model, auxiliary.base_model
+        sizes = [encoder.get_input_embeddings().num_embeddings for encoder in (main, auxiliary)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"Both networks must have one vocabulary, but main has {sizes[0]} tokens and auxiliary {sizes[1]}: the "
+                "tokens that the auxiliary network fills in are read by the main one. Make both with one tokenizer; if "
+                "you only added tokens, call resize_token_embeddings."
+            )
+        config = CocoLMConfig(**kwargs) if config is None else copy.deepcopy(config)
+        config.set_encoders(main.config, auxiliary.config)
+        model = cls(config).to(main.dtype)
+        for copied, encoder, name in ((model.auxiliary, auxiliary, "auxiliary"), (model.cocolm, main, "main")):
+            if type(copied) is not type(encoder):
+                raise ValueError(
+                    f"{name} is a {type(encoder).__name__}, but AutoModel makes a {type(copied).__name__} of its "
+                    "configuration, so it could not be loaded again. Give an encoder that AutoModel knows."
+                )
+            missing, unexpected = copied.load_state_dict(encoder.state_dict(), strict=False)
+            # A model with a head may come without a pooler, which is not used here.
+            if unexpected or any(not weight.startswith("pooler.") for weight in missing):
+                raise ValueError(
+                    f"The weights of {name} do not fit its configuration: it lacks {missing}, and {unexpected} are "
+                    "left over. It could not be loaded again."
+                )
+        shared = [name.removeprefix("auxiliary.") for name in model._tied_weights_keys if name.startswith("auxiliary.")]
+        if not all(torch.equal(model.auxiliary.get_parameter(name), auxiliary.get_parameter(name)) for name in shared):
+            logger.warning("The auxiliary network now has the main network's embeddings in place of its own.")
+        return model
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if self.auxiliary.get_input_embeddings().num_embeddings != embeddings.num_embeddings:
+            self.auxiliary.resize_token_embeddings(embeddings.num_embeddings)
+            self.tie_weights()
+        for config in (
+            self.config.main_config,
+            self.config.auxiliary_config,
+            self.cocolm.config,
+            self.auxiliary.config,
+        ):
+            if config is not None:
+                config.vocab_size = embeddings.num_embeddings
+        return embeddings
 
     def set_attn_implementation(self, attn_implementation: str | dict, **kwargs):
         super().set_attn_implementation(attn_implementation, **kwargs)
@@ -574,6 +860,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         span_attention_mask: torch.Tensor | None = None,
         corrupted_input_ids: torch.Tensor | None = None,
         output_logits: bool = False,
+        loss_normalizers: torch.Tensor | None = None,
+        other_embeddings: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CocoLMForPretrainingOutput:
         r"""
@@ -588,6 +876,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             span_attention_mask: `(batch, span_length)`, like `attention_mask`.
             corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
             output_logits: Whether to return the language model logits and the contrasted embeddings.
+            loss_normalizers: `(3,)`, float: what the sums of the losses over masked tokens, tokens and anchors are
+                divided by, instead of this batch's own numbers ([`~CocoLMForPretraining.count_items`]).
+            other_embeddings: See [`contrastive_loss`].
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -602,47 +893,62 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                 _check_shape(name, tensor, input_ids.shape)
         if labels is None:
             corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
-            main_output = self.cocolm(corrupted_input_ids, attention_mask, return_dict=True, **kwargs)
+            main_output = self.cocolm(
+                input_ids=corrupted_input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+            )
+            is_detector = self.config.discriminator_objective != "masked_lm"
             return CocoLMForPretrainingOutput(
-                copy_logits=self.copy_head(main_output.last_hidden_state).squeeze(-1),
+                copy_logits=self.copy_head(main_output.last_hidden_state).squeeze(-1) if is_detector else None,
                 corrupted_input_ids=corrupted_input_ids,
                 hidden_states=main_output.hidden_states,
                 attentions=main_output.attentions,
             )
 
-        is_token = attention_mask.bool()
-        is_masked = is_token & (labels != -100) & (labels != input_ids)
+        is_token, is_masked = attention_mask.bool(), self._is_masked(input_ids, attention_mask, labels)
         masked_labels = labels[is_masked]
+        num_masked, num_tokens, num_anchors = (None,) * 3 if loss_normalizers is None else loss_normalizers
+        objective = self.config.discriminator_objective
 
-        auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
-        mlm_loss = cross_entropy(auxiliary_logits, masked_labels)
+        auxiliary_logits = copy_logits = corrective_lm_logits = None
+        if objective == "masked_lm":
+            corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
+        else:
+            auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
+            mlm_loss = cross_entropy(auxiliary_logits, masked_labels, num_masked)
+            if corrupted_input_ids is None:
+                sampled = self._sample(auxiliary_logits, input_ids, attention_mask, is_masked)
+                corrupted_input_ids = input_ids.masked_scatter(is_masked, sampled)
 
-        if corrupted_input_ids is None:
-            sampled = self._sample(auxiliary_logits, input_ids, attention_mask, is_masked)
-            corrupted_input_ids = input_ids.masked_scatter(is_masked, sampled)
-        is_original = corrupted_input_ids == torch.where(is_masked, labels, input_ids)
-
-        main_output = self.cocolm(corrupted_input_ids, attention_mask, return_dict=True, **kwargs)
-        hidden_states = main_output.last_hidden_state
-        copy_logits = self.copy_head(hidden_states).squeeze(-1)
-        corrective_lm_logits = self.corrective_lm_head(hidden_states[is_masked])
-        detection_loss = copy_loss(copy_logits[is_token], is_original[is_token])
-        correction_loss = corrective_lm_loss(
-            corrective_lm_logits,
-            copy_logits[is_masked],
-            masked_labels,
-            corrupted_input_ids[is_masked],
-            form=self.config.corrective_lm_form,
+        main_output = self.cocolm(
+            input_ids=corrupted_input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
         )
+        hidden_states = main_output.last_hidden_state
+        if objective != "replaced_token_detection":
+            corrective_lm_logits = self.corrective_lm_head(self.corrective_lm_projection(hidden_states[is_masked]))
+        if objective == "masked_lm":
+            mlm_loss = cross_entropy(corrective_lm_logits, masked_labels, num_masked)
+        detection_loss = correction_loss = sequence_loss = mlm_loss.new_zeros(())
+        if objective != "masked_lm":
+            copy_logits = self.copy_head(hidden_states).squeeze(-1)
+            is_original = corrupted_input_ids == torch.where(is_masked, labels, input_ids)
+            detection_loss = copy_loss(copy_logits[is_token], is_original[is_token], num_tokens)
+        if objective == "corrective_lm":
+            correction_loss = corrective_lm_loss(
+                corrective_lm_logits,
+                copy_logits[is_masked],
+                masked_labels,
+                corrupted_input_ids[is_masked],
+                form=self.config.corrective_lm_form,
+                num_masked=num_masked,
+            )
         loss = mlm_loss + self.config.copy_loss_weight * detection_loss + correction_loss
 
         embeddings = span_embeddings = None
-        sequence_loss = loss.new_zeros(())
         if span_input_ids is not None and self.config.contrastive_loss_weight:
             if span_attention_mask is None:
                 span_attention_mask = self._not_padding(span_input_ids)
             _check_shape("span_input_ids", span_input_ids, (input_ids.shape[0], *span_input_ids.shape[1:]))
-            span_output = self.cocolm(span_input_ids, span_attention_mask, return_dict=True)
+            span_output = self.cocolm(input_ids=span_input_ids, attention_mask=span_attention_mask, return_dict=True)
             embeddings = self.contrastive_head(hidden_states[:, 0])
             span_embeddings = self.contrastive_head(span_output.last_hidden_state[:, 0])
             sequence_loss = contrastive_loss(
@@ -650,7 +956,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                 span_embeddings,
                 is_token.any(dim=-1) & span_attention_mask.bool().any(dim=-1),
                 temperature=self.config.contrastive_temperature,
-                all_ranks=self._gathers(),
+                all_ranks=self._gathers() and other_embeddings is None,
+                num_anchors=num_anchors,
+                other_embeddings=other_embeddings,
             )
             loss = loss + self.config.contrastive_loss_weight * sequence_loss
 
@@ -675,9 +983,45 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             return torch.ones_like(input_ids, dtype=torch.bool)
         return input_ids != self.config.pad_token_id
 
+    @torch.no_grad()
+    def count_items(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        span_input_ids: torch.Tensor | None = None,
+        span_attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """What the losses of a batch are means over.
+
+        Sums of these numbers over batches, and over ranks, give the `loss_normalizers` of the whole.
+
+        Args:
+            kwargs: Other arguments of forward, not read.
+
+        Returns:
+            `(3,)`, int64: masked tokens (auxiliary and corrective loss), tokens (copy loss), and anchors, two for each
+            text that is not only padding (contrastive loss).
+        """
+        if attention_mask is None:
+            attention_mask = self._not_padding(input_ids)
+        is_text = attention_mask.bool().any(dim=-1)
+        if span_input_ids is not None:
+            if span_attention_mask is None:
+                span_attention_mask = self._not_padding(span_input_ids)
+            is_text = is_text & span_attention_mask.bool().any(dim=-1)
+        masked = self._is_masked(input_ids, attention_mask, labels)
+        return torch.stack([masked.sum(), attention_mask.bool().sum(), 2 * is_text.sum()])
+
+    @staticmethod
+    def _is_masked(input_ids, attention_mask, labels) -> torch.Tensor:
+        return attention_mask.bool() & (labels != -100) & (labels != input_ids)
+
     def _auxiliary_logits(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
         """The auxiliary network's logits at the masked positions, `(masked, vocab_size)`."""
-        hidden_states = self.auxiliary(input_ids, attention_mask, return_dict=True).last_hidden_state
+        output = self.auxiliary(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        hidden_states = output.last_hidden_state
         return self.auxiliary_lm_head(hidden_states[is_masked])
 
     @torch.no_grad()

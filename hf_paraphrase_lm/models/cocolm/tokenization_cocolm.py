@@ -121,28 +121,30 @@ def build_tokenizer(vocab_file: str, dict_file: str) -> Tokenizer:
     """
     sentencepiece = read_sentencepiece(vocab_file)
     vocabulary = {token: i for i, token in enumerate(read_dictionary(dict_file))}
-    kinds = {piece: kind for piece, _, kind in sentencepiece["pieces"] if kind not in (UNKNOWN, CONTROL)}
-    missing = [piece for piece in kinds if piece not in vocabulary]
-    if len(missing) == len(kinds):
+    pieces = [entry for entry in sentencepiece["pieces"] if entry[2] not in (UNKNOWN, CONTROL)]
+    missing = [piece for piece, _, _ in pieces if piece not in vocabulary]
+    scores = {piece: score for piece, score, kind in pieces if kind == NORMAL and piece in vocabulary}
+    if not scores:
         raise ValueError(f"{dict_file} has none of the pieces of {vocab_file}, so they are not of one model.")
     if missing:
         logger.warning(
-            f"{len(missing)} of {len(kinds)} pieces of {vocab_file} are not in {dict_file}, such as {missing[:5]}. "
+            f"{len(missing)} of {len(pieces)} pieces of {vocab_file} are not in {dict_file}, such as {missing[:5]}. "
             "Words are cut without them; the authors' code reads each as [UNK]."
         )
-    scores = {piece: score for piece, score, kind in sentencepiece["pieces"] if kind == NORMAL and piece in vocabulary}
-    lowest, unknown = min(scores.values()), min(scores.values()) - 10
-    own = [piece for piece, kind in kinds.items() if kind == USER_DEFINED and piece not in SPECIAL_TOKENS.values()]
+    lowest = min(scores.values())
+    # Symbols that the user of sentencepiece chose, which are never cut.
+    whole = [piece for piece, _, kind in pieces if kind == USER_DEFINED and piece in vocabulary]
+    whole = [piece for piece in whole if piece not in SPECIAL_TOKENS.values()]
     byte_fallback = sentencepiece["byte_fallback"]
     cls, pad, sep, unk, mask = SPECIAL_TOKENS.values()
     splits = []
     if sentencepiece["model_type"] == UNIGRAM:
-        # The score that sentencepiece has for symbols of its user, which are so always taken.
-        scores |= {piece: -0.1 for piece in own if piece in vocabulary}
+        # The score that sentencepiece gives them.
+        scores |= dict.fromkeys(whole, -0.1)
         # The other tokens of the dictionary occur in no text: the special ones, and what fairseq pads it with.
         weighted = [(token, scores.get(token, lowest)) for token in vocabulary]
         model = models.Unigram(weighted, unk_id=vocabulary[unk], byte_fallback=byte_fallback)
-        pattern = lone_mark_pattern(scores, unknown)
+        pattern = lone_mark_pattern(scores, lowest - 10)
     else:
         # Every way to make a piece of two others; sentencepiece looks at what comes out, not at what goes in.
         ranked = sorted(scores, key=scores.get, reverse=True) if sentencepiece["model_type"] == BPE else []
@@ -150,10 +152,10 @@ def build_tokenizer(vocab_file: str, dict_file: str) -> Tokenizer:
         merges = [(left, right) for left, right in pairs if left in scores and right in scores]
         options = {"unk_token": unk, "fuse_unk": True, "byte_fallback": byte_fallback}
         model = models.BPE(vocabulary, merges, **options)
-        pattern = lone_mark_pattern(scores, unknown, lambda text: [token.value for token in model.tokenize(text)])
-        if own:
+        pattern = lone_mark_pattern(scores, lowest - 10, lambda text: [token.value for token in model.tokenize(text)])
+        if whole:
             model = models.BPE(vocabulary, merges, ignore_merges=True, **options)
-            longest_first = sorted(own, key=len, reverse=True)
+            longest_first = sorted(whole, key=len, reverse=True)
             splits = [pre_tokenizers.Split(Regex("|".join(map(escape, longest_first))), "isolated")]
     if byte_fallback:
         # Bytes are pieces like "<0xE2>", hence punctuation to the authors' code.

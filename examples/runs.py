@@ -1,0 +1,331 @@
+"""What the training scripts share: their arguments, their data, resuming, and what a run leaves behind.
+
+Every script takes its arguments on the command line or from one JSON or YAML file:
+
+    python examples/run_classification.py --help
+    python examples/run_classification.py arguments.yaml
+
+Data comes from local files (CSV, TSV, JSON, JSON lines, Parquet, plain text) or from the Hub. A run started again with
+the same `--output_dir` goes on from its last checkpoint. It leaves there the model with its tokenizer,
+`all_results.json` and, once the script is done, a model card.
+"""
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from datasets import DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import ModelCard, ModelCardData
+from torch.utils.data import SequentialSampler
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__
+
+BUILDERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ origin }}, fine-tuned for {{ task }} on {{ dataset }} with `hf-paraphrase-lm` {{ version }}.
+
+## Measured
+
+| metric | value |
+|---|---|
+{% for name, value in metrics.items() -%}
+| {{ name }} | {{ value }} |
+{% endfor %}
+Metrics that begin with `eval_` are of the validation data and those with `predict_` of the test data.
+
+## Training
+
+{{ updates }} updates of {{ batch }} examples.
+
+```bash
+{{ command }}
+```
+
+"""
+
+
+@dataclass
+class DataArguments:
+    """Where the data is: on the Hub, or in one file for each split."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "data set on the Hub, such as 'rajpurkar/squad'"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration, such as 'mrpc'"})
+    train_file: str | None = field(
+        default=None, metadata={"help": "training data: .csv, .tsv, .json, .jsonl, .parquet or .txt"}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "data to evaluate on, of any of these kinds"})
+    test_file: str | None = field(default=None, metadata={"help": "data to predict, with or without labels"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
+
+
+@dataclass
+class ModelArguments:
+    """Which model is fine-tuned."""
+
+    model_name_or_path: str = field(metadata={"help": "checkpoint: a folder, or a name on the Hub"})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "folder or name, if the tokenizer is elsewhere"})
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the checkpoint"})
+    random_weights: bool = field(
+        default=False, metadata={"help": "only the architecture and the tokenizer: shows what pre-training is worth"}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "start with a fresh head if that of the checkpoint has other labels"}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "'sdpa', 'eager' or 'flex_attention'; on a CPU with --bf16, 'eager' is the fastest for short texts"
+        },
+    )
+
+    def load_config(self) -> PreTrainedConfig:
+        """The configuration of the checkpoint."""
+        name, source = self.model_name_or_path, {"revision": self.model_revision}
+        # The released COCO-LM checkpoints do not say which family they are of.
+        is_released = "model_type" not in PreTrainedConfig.get_config_dict(name, **source)[0]
+        return (CocoLMConfig if is_released else AutoConfig).from_pretrained(
+            name, trust_remote_code=self.trust_remote_code, **source
+        )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that is named, or that of the checkpoint."""
+        return AutoTokenizer.from_pretrained(
+            self.tokenizer_name or self.model_name_or_path,
+            revision="main" if self.tokenizer_name else self.model_revision,
+            trust_remote_code=self.trust_remote_code,
+            config=None if self.tokenizer_name else self.load_config(),
+        )
+
+    def load(self, auto_class, config: PreTrainedConfig):
+        """The model of an Auto class with this configuration, from the checkpoint or from random weights."""
+        # A checkpoint in half precision is trained in full precision; --bf16 computes in half.
+        settings = {"attn_implementation": self.attn_implementation, "dtype": torch.float32}
+        if self.random_weights:
+            return auto_class.from_config(config, trust_remote_code=self.trust_remote_code, **settings)
+        return auto_class.from_pretrained(
+            self.model_name_or_path,
+            config=config,
+            revision=self.model_revision,
+            trust_remote_code=self.trust_remote_code,
+            ignore_mismatched_sizes=self.ignore_mismatched_sizes,
+            **settings,
+        )
+
+
+@dataclass
+class FineTuningArguments(TrainingArguments):
+    """transformers.TrainingArguments with the authors' fine-tuning settings.
+
+    From `run_glue.sh`, `run_squad.sh` and the tables of best settings in the README beside them (folder fairseq of
+    github.com/microsoft/COCO-LM). For base++ they name 2 to 10 epochs, batches of 16 or 32, learning rates of 1e-5 to
+    4e-5 and warm-up over 1/16 or 1/10 of the updates.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "highest learning rate"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "texts in a batch, on each device"})
+    warmup_steps: float = field(default=0.1, metadata={"help": "updates, or if below 1 their share"})
+    adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of Adam"})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
+    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
+
+
+class OrderedTrainer(Trainer):
+    """Evaluates rows in their order, also with `--train_sampling_strategy group_by_length`.
+
+    Trainer groups the rows that it evaluates too, and then returns their predictions in that other order.
+    """
+
+    def _get_eval_sampler(self, eval_dataset):
+        return SequentialSampler(eval_dataset)
+
+    def create_model_card(self, **kwargs):
+        """Does nothing: Trainer would put its own card in the place of that of `finish` whenever it pushes."""
+
+
+def parse_arguments(description: str, *classes) -> tuple:
+    """One instance of each dataclass, from the command line or from the one JSON or YAML file that is given there."""
+    parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
+    if len(sys.argv) != 2 or not sys.argv[1].endswith((".json", ".yaml", ".yml")):
+        return parser.parse_args_into_dataclasses()
+    file = Path(sys.argv[1])
+    if not file.is_file():
+        parser.error(f"there is no file {file}")
+    text = file.read_text(encoding="utf-8")
+    settings = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(settings, dict):
+        parser.error(f"{file} must hold names and values, but holds {settings!r}")
+    # Written as a command line, so that values have the types that they have there: to YAML, 2e-5 is a string.
+    arguments = []
+    for name, value in settings.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            arguments.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def wanted_splits(training: TrainingArguments) -> list[str]:
+    """The splits that are to be trained on, evaluated and predicted.
+
+    Raises:
+        ValueError: there is none.
+    """
+    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    if not any(wanted.values()):
+        raise ValueError("There is nothing to do. Give --do_train, --do_eval or --do_predict, or several of them.")
+    return [split for split in wanted if wanted[split]]
+
+
+def load_splits(data: DataArguments, *needed: str) -> DatasetDict:
+    """The splits of the data set, or one for each file: train, validation and test; `needed` must be there.
+
+    Of a split such as validation_matched, too, no more rows are taken than of validation.
+
+    Raises:
+        ValueError: neither a data set nor files are given, or both; a file is of another kind; a split is missing.
+        FileNotFoundError: there is no such file.
+    """
+    files = {name.removesuffix("_file"): file for name, file in vars(data).items() if name.endswith("_file")}
+    files = {split: Path(file) for split, file in files.items() if file is not None}
+    if bool(files) == (data.dataset_name is not None):
+        raise ValueError("Give either --dataset_name or files (--train_file, --validation_file, --test_file).")
+    if data.dataset_name is not None:
+        splits = load_dataset(data.dataset_name, data.dataset_config_name)
+    else:
+        for split, file in files.items():
+            if file.suffix not in BUILDERS:
+                raise ValueError(f"--{split}_file must be one of {', '.join(BUILDERS)}, but got {str(file)!r}.")
+            if not file.is_file():
+                raise FileNotFoundError(f"--{split}_file: there is no file {file}.")
+        # One at a time: the splits may be of different kinds and, without labels to predict, have other columns.
+        splits = DatasetDict({split: load_file(file) for split, file in files.items()})
+    for split in needed:
+        if split not in splits:
+            raise ValueError(f"There is no split {split!r}, only {', '.join(splits)}.")
+    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
+    for split in splits:
+        limit = limits.get(split.partition("_")[0])
+        if limit is not None:
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+    return splits
+
+
+def load_file(file: Path):
+    """The rows of a file.
+
+    Raises:
+        ValueError: there are none, or it is no file of its kind.
+    """
+    options = {}
+    if BUILDERS[file.suffix] == "csv":
+        # Only an empty cell has no value: "None", "null" and "NA" are words.
+        options = {"sep": "\t" if file.suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+    try:
+        return load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
+    except (DatasetGenerationError, StopIteration, ValueError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{file} has no rows or cannot be read as {BUILDERS[file.suffix]}. {reason}".strip()
+        ) from error
+
+
+def train(trainer: Trainer) -> dict[str, float]:
+    """Trains, goes on from the last whole checkpoint if there is one, and saves model, tokenizer, metrics and state.
+
+    At Ctrl-C a checkpoint is saved (unless `--save_strategy no`) and the script ends.
+    """
+    stop = StopOnInterruptCallback()
+    trainer.add_callback(stop)
+    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir))
+    if checkpoint is not None:
+        print(f"Going on from {checkpoint}. To start anew, give another --output_dir.", file=sys.stderr)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if stop.interrupted:
+        sys.exit(f"Interrupted at update {trainer.state.global_step}. The same command goes on from there.")
+    metrics["train_samples"] = len(trainer.train_dataset)
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; `trainer_state.json` is the last that Trainer writes."""
+    folders = [state.parent for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    names = {str(folder): folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for folder in folders}
+    steps = {int(step): name for name, step in names.items() if step.isdecimal()}
+    return steps[max(steps)] if steps else None
+
+
+def finish(trainer: Trainer, checkpoint: ModelArguments, data: DataArguments, task: str):
+    """After training, writes the model card, and pushes all to the Hub with `--push_to_hub`."""
+    if not trainer.args.do_train:
+        return
+    if trainer.is_world_process_zero():
+        model_card(trainer, checkpoint, data, task).save(Path(trainer.args.output_dir) / "README.md")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def model_card(trainer: Trainer, checkpoint: ModelArguments, data: DataArguments, task: str) -> ModelCard:
+    """What was trained, on what, by which command, and what was measured."""
+    args, origin = trainer.args, checkpoint.model_name_or_path
+    sources = (data.dataset_name, data.dataset_config_name, data.train_file)
+    results = json.loads((Path(args.output_dir) / "all_results.json").read_text(encoding="utf-8"))
+    metrics = {
+        name: f"{value:.6g}"
+        for name, value in results.items()
+        if name.startswith(("eval_", "predict_")) and not name.endswith(("_runtime", "_per_second"))
+    }
+    return ModelCard.from_template(
+        ModelCardData(
+            library_name="transformers",
+            pipeline_tag=task,
+            tags=["generated_from_trainer"],
+            # The Hub accepts only models that it has.
+            base_model=None if checkpoint.random_weights or Path(origin).is_dir() else origin,
+            datasets=data.dataset_name,
+        ),
+        template_str=CARD,
+        name=args.hub_model_id or Path(args.output_dir).name,
+        origin=f"The architecture of `{origin}` with random weights" if checkpoint.random_weights else f"`{origin}`",
+        task=task.replace("-", " "),
+        dataset=" ".join(f"`{source}`" for source in sources if source),
+        version=__version__,
+        metrics=metrics,
+        updates=trainer.state.global_step,
+        batch=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        command=shlex.join(["python", *sys.argv]),
+    )

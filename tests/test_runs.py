@@ -1,0 +1,254 @@
+"""examples/runs.py: arguments, files of data, checkpoints to go on from, models to start from, and the model card."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
+
+from hf_paraphrase_lm import CocoLMConfig, CocoLMModel, CocoLMTokenizer
+
+from .scripts import import_example, make_checkpoint, write_rows
+
+RELEASED = Path(__file__).parent / "fixtures" / "cocolm_tokenizer"
+ROWS = [{"text": "one two", "label": 0}, {"text": "three", "label": 1}, {"text": "four", "label": 0}]
+
+
+@pytest.fixture
+def runs(monkeypatch, repository, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return import_example(monkeypatch, repository, "runs")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"), [row["text"] for row in ROWS])
+
+
+# Arguments
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    words: list[str] = field(default_factory=list)
+    limit: int | None = None
+    rate: float = 0.5
+
+
+SETTINGS = {
+    "output_dir": "out put",
+    "learning_rate": 2e-5,
+    "rate": 1,
+    "limit": -3,
+    "do_train": True,
+    "bf16": False,
+    "use_cpu": True,
+    "words": ["one two", "3"],
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr": 1e-6},
+    "logging_strategy": "no",
+    "report_to": "none",
+    "run_name": None,
+}
+COMMAND = (
+    "--output_dir 'out put' --learning_rate 2e-5 --rate 1 --limit -3 --do_train --use_cpu --words 'one two' 3 "
+    "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs '{\"min_lr\": 1e-6}' --logging-strategy no "
+    "--report_to none"
+)
+# As a person writes it: to YAML, numbers without a point before the e are words.
+YAML = """
+output_dir: out put
+learning_rate: 2e-5
+rate: 1
+limit: -3
+do_train: true
+bf16: no
+use_cpu: yes
+words: [one two, 3]
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1.0e-6}
+logging_strategy: "no"
+report_to: none
+run_name:
+"""
+
+
+def parse(runs, monkeypatch, *words, classes=(Arguments,)):
+    monkeypatch.setattr(sys, "argv", ["script.py", *map(str, words)])
+    return runs.parse_arguments("A script.", *classes)
+
+
+def test_a_file_equals_the_command_line(runs, monkeypatch, tmp_path):
+    (tmp_path / "arguments.json").write_text(json.dumps(SETTINGS))
+    (tmp_path / "arguments.yaml").write_text(YAML)
+    (tmp_path / "arguments.yml").write_text(YAML)
+    (expected,) = parse(runs, monkeypatch, *shlex.split(COMMAND))
+    assert (expected.words, expected.limit, expected.rate, expected.learning_rate) == (["one two", "3"], -3, 1.0, 2e-5)
+    assert expected.lr_scheduler_kwargs == {"min_lr": 1e-6} and expected.do_train and not expected.bf16
+    for name in ("arguments.json", "arguments.yaml", "arguments.yml"):
+        (given,) = parse(runs, monkeypatch, tmp_path / name)
+        assert given.to_dict() == expected.to_dict() and type(given.rate) is float
+
+
+def test_several_classes_and_defaults(runs, monkeypatch, tmp_path):
+    (tmp_path / "a.json").write_text('{"model_name_or_path": "m", "train_file": "t.csv", "random_weights": true}')
+    model, data = parse(runs, monkeypatch, tmp_path / "a.json", classes=(runs.ModelArguments, runs.DataArguments))
+    assert model == runs.ModelArguments("m", random_weights=True) and data == runs.DataArguments(train_file="t.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.json", None, "there is no file {file}"),
+        ("a.json", "[1]", "{file} must hold names and values, but holds [1]"),
+        ("a.yaml", "", "{file} must hold names and values, but holds None"),
+        ("a.yaml", "rate: 2", "the following arguments are required: --model_name_or_path/--model-name-or-path"),
+    ],
+)
+def test_a_file_of_arguments_that_does_not_do(runs, monkeypatch, tmp_path, capsys, name, content, sentence):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit):
+        parse(runs, monkeypatch, tmp_path / name, classes=(runs.ModelArguments,))
+    assert capsys.readouterr().err.endswith(f"error: {sentence.format(file=tmp_path / name)}\n")
+
+
+@pytest.mark.parametrize("name", ["learning", "learning_rates"])
+def test_names_that_are_no_arguments(runs, monkeypatch, tmp_path, name):
+    """Neither misspelt nor cut short."""
+    sentence = f"Some specified arguments are not used by the HfArgumentParser: ['--{name}=1']"
+    (tmp_path / "a.json").write_text(json.dumps({name: 1}))
+    for word in (tmp_path / "a.json", f"--{name}=1"):
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            parse(runs, monkeypatch, word)
+
+
+# Data
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_files(runs, tmp_path, kind):
+    """Each with columns of its own; only an empty cell is no value."""
+    words = [
+        {"text": "None", "label": "NA"},
+        {"text": 'null, "nan"\tand', "label": "n/a"},
+        {"text": "a", "label": None},
+    ]
+    train, test = write_rows(tmp_path / f"train.{kind}", words), write_rows(tmp_path / f"test.{kind}", ROWS)
+    splits = runs.load_splits(runs.DataArguments(train_file=str(train), test_file=str(test), max_predict_samples=2))
+    assert splits["train"].to_list() == words and splits["test"].to_list() == ROWS[:2]
+    assert list(splits) == ["train", "test"]
+
+
+def test_other_files(runs, tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    (tmp_path / "b.json").write_text(json.dumps(ROWS))
+    data = runs.DataArguments(train_file=str(tmp_path / "a.txt"), validation_file=str(tmp_path / "b.json"))
+    splits = runs.load_splits(data, "train", "validation")
+    assert splits["train"].to_list() == [{"text": "one"}, {"text": "two"}] and splits["validation"].to_list() == ROWS
+
+
+def test_a_data_set_of_the_hub(runs, monkeypatch):
+    names = []
+
+    def load_dataset(*name):
+        names.append(name)
+        return DatasetDict({split: Dataset.from_list(ROWS) for split in ("train", "validation_matched", "test")})
+
+    monkeypatch.setattr(runs, "load_dataset", load_dataset)
+    limits = {"max_train_samples": 2, "max_eval_samples": 1, "max_predict_samples": 10}
+    splits = runs.load_splits(runs.DataArguments("some/data", "part", **limits), "train")
+    assert names == [("some/data", "part")]
+    assert {name: len(split) for name, split in splits.items()} == {"train": 2, "validation_matched": 1, "test": 3}
+    sentence = "There is no split 'validation', only train, validation_matched, test."
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        runs.load_splits(runs.DataArguments("some/data", "part"), "train", "validation")
+
+
+def refused(runs, sentence, error=ValueError, **arguments):
+    with pytest.raises(error, match=f"^{re.escape(sentence)}"):
+        runs.load_splits(runs.DataArguments(**arguments))
+
+
+def test_files_that_do_not_do(runs, tmp_path):
+    sentence = "Give either --dataset_name or files (--train_file, --validation_file, --test_file)."
+    refused(runs, sentence)
+    refused(runs, sentence, dataset_name="some/data", train_file="train.csv")
+    file = tmp_path / "data.csv"
+    refused(runs, f"--test_file: there is no file {file}.", FileNotFoundError, test_file=str(file))
+    file = tmp_path / "data.xls"
+    kinds = ".csv, .tsv, .json, .jsonl, .parquet, .txt"
+    refused(runs, f"--train_file must be one of {kinds}, but got {str(file)!r}.", train_file=str(file))
+    contents = {
+        "csv": ["", "text,label\n"],
+        "jsonl": ["", '{"text":'],
+        "json": ["[]"],
+        "parquet": ["PAR1"],
+        "txt": [""],
+    }
+    for kind, texts in contents.items():
+        for i, text in enumerate(texts):
+            file = tmp_path / f"{i}.{kind}"
+            file.write_text(text)
+            kind = {"jsonl": "json", "txt": "text"}.get(kind, kind)
+            refused(runs, f"{file} has no rows or cannot be read as {kind}.", validation_file=str(file))
+
+
+# Checkpoints to go on from
+
+
+def test_last_checkpoint(runs, tmp_path):
+    """The last by number among those that were written to their end."""
+    assert runs.last_checkpoint(tmp_path) is None and runs.last_checkpoint(tmp_path / "none") is None
+    for name in ("checkpoint-900", "checkpoint-1000", "checkpoint-2000", "checkpoint-best", "else-3000"):
+        (tmp_path / name).mkdir()
+        if name != "checkpoint-2000":
+            (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
+
+
+# Models to start from
+
+
+def load(arguments):
+    return arguments.load(AutoModelForSequenceClassification, arguments.load_config())
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_full(runs, checkpoint, tmp_path):
+    AutoModel.from_pretrained(checkpoint).half().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    for random in (False, True):
+        model = load(runs.ModelArguments(str(tmp_path), random_weights=random, attn_implementation="eager"))
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert model.config._attn_implementation == "eager"
+        given = load_file(tmp_path / "model.safetensors")["embeddings.word_embeddings.weight"].float()
+        assert torch.equal(model.cocolm.embeddings.word_embeddings.weight, given) != random
+
+
+def test_a_released_folder(runs, checkpoint, tmp_path):
+    """As it is published: a config.json that does not tell the family, sp.model and dict.txt."""
+    for name in ("sp.model", "dict.txt"):
+        shutil.copy(RELEASED / name, tmp_path)
+    tokenizer = CocoLMTokenizer.from_pretrained(RELEASED)
+    model = CocoLMModel(CocoLMConfig(vocab_size=len(tokenizer), hidden_size=8, num_attention_heads=2))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    fields = ("vocab_size", "hidden_size", "num_attention_heads", "max_rel_pos", "layer_norm_type", "type_vocab_size")
+    (tmp_path / "config.json").write_text(json.dumps({name: getattr(model.config, name) for name in fields}))
+    arguments = runs.ModelArguments(str(tmp_path))
+    assert type(load(arguments)).__name__ == "CocoLMForSequenceClassification"
+    assert torch.equal(
+        load(arguments).cocolm.state_dict()["embeddings.word_embeddings.weight"],
+        model.embeddings.word_embeddings.weight,
+    )
+    assert arguments.load_tokenizer()("A text.")["input_ids"] == tokenizer("A text.")["input_ids"]
+    elsewhere = runs.ModelArguments(str(tmp_path), tokenizer_name=str(checkpoint), model_revision="v1")
+    assert len(elsewhere.load_tokenizer()) == len(AutoTokenizer.from_pretrained(checkpoint))
