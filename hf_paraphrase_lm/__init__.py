@@ -20,7 +20,12 @@ from .models.cocolm import (
 )
 from .models.marge import MargeConfig, MargeForConditionalGeneration, MargeForSequenceClassification, MargeModel
 from .retrieval import DocumentIndex, EvidenceDataset, LexicalEmbedder
-from .training import LogComponentLossesCallback, RefreshIndexCallback, StopOnInterruptCallback
+from .training import (
+    CorrectiveLMTrainer,
+    LogComponentLossesCallback,
+    RefreshIndexCallback,
+    StopOnInterruptCallback,
+)
 
 __version__ = "0.1.0"
 
@@ -34,6 +39,7 @@ __all__ = [
     "CocoLMForTokenClassification",
     "CocoLMModel",
     "CocoLMTokenizer",
+    "CorrectiveLMTrainer",
     "DataCollatorForCorrectiveLM",
     "DataCollatorForParaphrasing",
     "DocumentIndex",

@@ -74,7 +74,8 @@ class LogComponentLossesCallback(TrainerCallback):
             self._hook = None
 
     def _remember(self, module, arguments, output):
-        if not module.training:
+        # Without gradient, a batch is encoded for the sake of others and comes again.
+        if not module.training or not torch.is_grad_enabled():
             return
         fields = output if isinstance(output, dict) else {}
         scalars = {name: value for name, value in fields.items() if torch.is_tensor(value) and value.ndim == 0}
