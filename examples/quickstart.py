@@ -39,7 +39,6 @@ from transformers import (
 from hf_paraphrase_lm import (
     CocoLMConfig,
     CocoLMForPretraining,
-    CocoLMModel,
     DataCollatorForCorrectiveLM,
     DataCollatorForParaphrasing,
     EvidenceDataset,
@@ -53,7 +52,6 @@ from hf_paraphrase_lm import (
     train_tokenizer,
 )
 from hf_paraphrase_lm.data import load_python_docs
-from hf_paraphrase_lm.models.cocolm.modeling_cocolm import relative_position_bucket
 from hf_paraphrase_lm.retrieval import embed_documents
 from hf_paraphrase_lm.training import corrective_lm_metrics, evidence_losses, recall_at_k
 
@@ -248,22 +246,9 @@ def pre_train_marge(model, corpus: Corpus, tokenizer, folder: Path, args) -> lis
     )
 
 
-def attend_to_neighbors(encoder: CocoLMModel):
-    """Lets each of 8 heads start with a preference for one of the tokens 1 to 4 to the left or right.
-
-    Finding out that neighbors matter takes such a network its first thousands of updates; the demo has not the time.
-    A full pre-training starts as the paper does, without this.
-    """
-    config, table = encoder.config, encoder.relative_attention_bias.weight
-    offsets = torch.tensor([-1, 1, -2, 2, -3, 3, -4, 4, 1 - config.max_position_embeddings])
-    *buckets, first = relative_position_bucket(offsets, config.rel_pos_bins, config.max_rel_pos).tolist()
-    with torch.no_grad():
-        for head, bucket in enumerate(buckets):
-            table[bucket - first, head] += 4.0
-
-
 def pre_train_cocolm(model, corpus: Corpus, tokenizer, folder: Path, args) -> list[dict]:
-    attend_to_neighbors(model.cocolm)
+    # Finding out that neighbors matter takes thousands of updates, for which the demo has not the time.
+    model.cocolm.attend_to_neighbors()
     return pre_train(
         model,
         model.parameters(),

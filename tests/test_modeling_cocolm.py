@@ -944,3 +944,16 @@ def test_two_ranks_contrast_like_one(tmp_path, run_python):
     torch.testing.assert_close(torch.cat([rank[1] for rank in ranks]) / 2, views.grad)
     torch.testing.assert_close(torch.cat([rank[2] for rank in ranks]) / 2, spans.grad)
     assert [rank[3] for rank in ranks] == [[True, False]] * 2
+
+
+def test_heads_that_start_with_their_neighbors():
+    model = CocoLMModel(tiny_config(num_attention_heads=8, hidden_size=16, rel_pos_bins=32, max_position_embeddings=40))
+    before = model.attention_bias(torch.zeros(1, 9, 16), None)[0]
+    model.attend_to_neighbors(3.0)
+    change = model.attention_bias(torch.zeros(1, 9, 16), None)[0] - before
+    for head, offset in enumerate((-1, 1, -2, 2, -3, 3, -4, 4)):
+        expected = torch.zeros(9, 9).diagonal_scatter(torch.full((9 - abs(offset),), 3.0), offset)
+        torch.testing.assert_close(change[head], expected)
+    with pytest.raises(ValueError) as caught:
+        CocoLMModel(tiny_config(rel_pos_bins=8)).attend_to_neighbors()
+    assert str(caught.value) == ("rel_pos_bins must be at least 16 to tell the 4 nearest tokens apart, but is 8.")
