@@ -12,7 +12,7 @@
     python examples/run_cocolm_pretraining.py --discriminator_objective replaced_token_detection ...
     python examples/run_cocolm_pretraining.py --discriminator_objective masked_lm ...
 
-    # any two encoders with one vocabulary under the same objective
+    # any two encoders with one vocabulary under the same objective; the main one is saved in OUTPUT_DIR/main, too
     python examples/run_cocolm_pretraining.py --model_name_or_path answerdotai/ModernBERT-base \
         --auxiliary_name_or_path my-small-modernbert ...
 
@@ -23,19 +23,22 @@ Without --tokenizer_name and --model_name_or_path a tokenizer is trained on the 
 JSON or YAML file instead. --help lists them all; those after --output_dir are transformers.TrainingArguments.
 """
 
+import json
 import platform
 import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoConfig, AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_paraphrase_lm import (
     CocoLMConfig,
     CocoLMForPretraining,
+    CorrectiveLMTrainer,
     DataCollatorForCorrectiveLM,
     LogComponentLossesCallback,
     __version__,
@@ -43,7 +46,23 @@ from hf_paraphrase_lm import (
     train_tokenizer,
 )
 from hf_paraphrase_lm.training import corrective_lm_metrics
-from runs import DataArguments, load_splits, parse_arguments, train
+from runs import (
+    DataArguments,
+    ModelArguments,
+    OrderedTrainer,
+    last_checkpoint,
+    load_splits,
+    parse_arguments,
+    train,
+    wanted_splits,
+)
+
+# What the main network learns, for the model card.
+OBJECTIVES = {
+    "corrective_lm": "to tell which tokens of a text a smaller network replaced, and to restore the original ones",
+    "replaced_token_detection": "to tell which tokens of a text a smaller network replaced (the objective of ELECTRA)",
+    "masked_lm": "to fill the masks in a text",
+}
 
 
 @dataclass
@@ -55,20 +74,18 @@ class NetworkArguments:
     )
     auxiliary_name_or_path: str | None = field(
         default=None,
-        metadata={
-            "help": "the auxiliary network, if --model_name_or_path is an encoder of another family than COCO-LM"
-        },
+        metadata={"help": "the auxiliary network, if --model_name_or_path is an encoder of its own, such as BERT"},
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "tokenizer, if it is not the checkpoint's"})
     config_overrides: str | None = field(
         default=None, metadata={"help": "fields of CocoLMConfig, such as hidden_size=256,num_hidden_layers=4"}
     )
-    discriminator_objective: str | None = field(
-        default=None, metadata={"help": "'corrective_lm' (COCO-LM), 'replaced_token_detection' (ELECTRA), 'masked_lm'"}
+    discriminator_objective: Literal["corrective_lm", "replaced_token_detection", "masked_lm"] | None = field(
+        default=None, metadata={"help": "what the main network learns; by default as before, or as in COCO-LM"}
     )
     attend_to_neighbors: float = field(
         default=0.0,
-        metadata={"help": "start with this preference for the nearest tokens (4.0: much faster for small budgets)"},
+        metadata={"help": "random weights prefer the nearest tokens by so much (4.0: faster for small budgets)"},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "'sdpa', 'eager'; on a CPU with --bf16, 'eager' is the fastest for short texts"}
@@ -80,7 +97,7 @@ class CorpusArguments(DataArguments):
     """The text, and how it is corrupted and cropped."""
 
     text_column: str = field(default="text", metadata={"help": "the column of texts"})
-    max_length: int = field(default=512, metadata={"help": "tokens in the longest sequence"})
+    max_length: int = field(default=512, metadata={"help": "longest sequence, in tokens; the tokenizer may say less"})
     vocab_size: int = field(default=32_768, metadata={"help": "size of a tokenizer trained on the corpus"})
     lowercase: bool = field(default=False, metadata={"help": "whether a tokenizer trained on the corpus is uncased"})
     mask_probability: float = field(default=0.15, metadata={"help": "share of the tokens that are masked"})
@@ -99,46 +116,88 @@ class PretrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     max_grad_norm: float = field(default=2.0, metadata={"help": "gradients are clipped to this norm"})
     warmup_steps: float = field(default=0.08, metadata={"help": "updates, or if below 1 their share (10k of 125k)"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "texts in a batch of evaluation"})
     # The collator reads columns that are no arguments of forward, and predictions of a whole corpus fill the memory.
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be false"})
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss only"})
 
 
-def load_tokenizer(network: NetworkArguments, corpus: CorpusArguments, training: PretrainingArguments, texts):
-    """The tokenizer that is named, that of the checkpoint, that of this run's last start, or one trained on texts."""
+def load_tokenizer(network: NetworkArguments, corpus: CorpusArguments, texts, folder: Path, is_to_train: bool):
+    """The tokenizer that is named, that of the checkpoint, or one trained on the texts, or earlier on those.
+
+    Args:
+        folder: where the trained one is.
+        is_to_train: whether this process is to train it, if none is named.
+
+    Raises:
+        ValueError: there are no texts to train it on.
+    """
     if name := network.tokenizer_name or network.model_name_or_path:
-        # A released folder does not say what kind of model it is.
-        config = CocoLMConfig if network.auxiliary_name_or_path is None else AutoConfig
-        config = None if network.tokenizer_name else config.from_pretrained(name)
-        return AutoTokenizer.from_pretrained(name, config=config)
-    with training.main_process_first(desc="training of the tokenizer"):
-        if not (Path(training.output_dir) / "tokenizer.json").is_file():
-            tokenizer = train_tokenizer(
-                texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=corpus.max_length
+        return ModelArguments(name).load_tokenizer()
+    if texts is None:
+        raise ValueError("Without --do_train there is no tokenizer. Give --model_name_or_path or --tokenizer_name.")
+    if is_to_train:
+        tokenizer = train_tokenizer(
+            texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=corpus.max_length
+        )
+        tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def parse_overrides(text: str) -> dict:
+    """Values of fields of `CocoLMConfig`, as in "hidden_size=256,corrective_lm_form=paper".
+
+    Raises:
+        ValueError: a part has another form, or there is no such field.
+    """
+    names, overrides = CocoLMConfig.__annotations__, {}
+    for part in text.split(","):
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in names:
+            raise ValueError(
+                "--config_overrides must be fields of CocoLMConfig with their values, such as hidden_size=256, but has "
+                f"{part.strip()!r}. The fields are {', '.join(names)}."
             )
-            tokenizer.save_pretrained(training.output_dir)
-    return AutoTokenizer.from_pretrained(training.output_dir)
+        try:
+            overrides[name] = json.loads(value)
+        except json.JSONDecodeError:
+            overrides[name] = value
+    return overrides
 
 
 def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
-    """Both networks: from a checkpoint, from two, or with random weights."""
-    if network.model_name_or_path is None:
-        config = CocoLMConfig(vocab_size=len(tokenizer))
-    elif network.auxiliary_name_or_path is None:
-        config = CocoLMConfig.from_pretrained(network.model_name_or_path)
-    else:
-        main, auxiliary = map(AutoModel.from_pretrained, (network.model_name_or_path, network.auxiliary_name_or_path))
-        config = CocoLMConfig(main_config=main.config, auxiliary_config=auxiliary.config)
-    if network.config_overrides:
-        config.update_from_string(network.config_overrides)
+    """Both networks: from a checkpoint, from two, or with random weights.
+
+    Raises:
+        ValueError: only one of two encoders of other families is named, or `--attend_to_neighbors` does not apply.
+        huggingface_hub.errors.StrictDataclassError: a setting is not one of COCO-LM; see [`CocoLMConfig`].
+    """
+    names = [name for name in (network.model_name_or_path, network.auxiliary_name_or_path) if name]
+    checkpoints = [ModelArguments(name) for name in names]
+    configs = [checkpoint.load_config() for checkpoint in checkpoints]
+    if network.attend_to_neighbors and names:
+        raise ValueError("--attend_to_neighbors is for random weights. Leave it out with --model_name_or_path.")
+    if network.auxiliary_name_or_path and not network.model_name_or_path:
+        raise ValueError("--auxiliary_name_or_path goes with the main network. Give --model_name_or_path, too.")
+    if len(names) == 1 and not isinstance(configs[0], CocoLMConfig):
+        raise ValueError(
+            f"--model_name_or_path is of the family {configs[0].model_type!r}. Give with --auxiliary_name_or_path a "
+            "smaller network of the same vocabulary, which replaces tokens for it."
+        )
+    config = configs[0] if len(names) == 1 else CocoLMConfig(vocab_size=len(tokenizer))
+    overrides = parse_overrides(network.config_overrides) if network.config_overrides else {}
     if network.discriminator_objective:
-        config.discriminator_objective = network.discriminator_objective
-    if network.model_name_or_path is None:
+        overrides["discriminator_objective"] = network.discriminator_objective
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    config.validate()
+    if not names:
         model = CocoLMForPretraining(config)
-    elif network.auxiliary_name_or_path is None:
-        model = CocoLMForPretraining.from_pretrained(network.model_name_or_path, config=config, dtype="float32")
+    elif len(names) == 1:
+        model = checkpoints[0].load(CocoLMForPretraining, config)
     else:
-        model = CocoLMForPretraining.from_encoders(main, auxiliary, config)
+        encoders = (checkpoint.load(AutoModel, own) for checkpoint, own in zip(checkpoints, configs, strict=True))
+        model = CocoLMForPretraining.from_encoders(*encoders, config)
     if network.attend_to_neighbors:
         for encoder in (model.cocolm, model.auxiliary):
             encoder.attend_to_neighbors(network.attend_to_neighbors)
@@ -147,74 +206,137 @@ def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
     return model
 
 
-def write_model_card(trainer: Trainer, corpus: CorpusArguments, metrics: dict):
+class PretrainingTrainer(OrderedTrainer, CorrectiveLMTrainer):
+    """Leaves the model card to this script."""
+
+
+class NewMasksCallback(TrainerCallback):
+    """Masks and crops are other ones in every epoch, but those of a run that goes on are those of an unbroken one.
+
+    Random numbers of the whole process would not do: data is read ahead, and not read again.
+    """
+
+    def __init__(self, collator: DataCollatorForCorrectiveLM):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.seed = args.seed + int(state.epoch or 0)
+
+
+def evaluate(model: CocoLMForPretraining, texts, collator, batch_size: int) -> dict[str, float]:
+    """Metrics of the validation data, without losses that are not part of the objective."""
+    measured = corrective_lm_metrics(model, texts, collator, batch_size)
+    return {f"eval_{name}": value for name, value in measured.items() if value or not name.endswith("_loss")}
+
+
+def save_main_encoder(model: CocoLMForPretraining, tokenizer, folder: Path):
+    """Saves an encoder of another family once more in `folder/main`, as a checkpoint of its own class."""
+    if model.config.main_config is not None:
+        model.base_model.save_pretrained(folder / "main")
+        tokenizer.save_pretrained(folder / "main")
+
+
+def write_model_card(
+    folder: Path,
+    model: CocoLMForPretraining,
+    network: NetworkArguments,
+    corpus: CorpusArguments,
+    metrics: dict,
+    steps: int,
+    sequences_per_step: int,
+    num_processes: int,
+    resumed: bool,
+    name: str | None = None,
+):
     """Fills the template `model_cards/cocolm.md` with what was run and measured."""
-    folder = Path(trainer.args.output_dir)
-    name = trainer.args.hub_model_id or folder.name
-    processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    baselines = {"eval_detection_accuracy": f"always 'original': {metrics.get('eval_majority_rate', 0):.4f}"}
-    results = [
-        {"metric": key, "value": f"{value:.4f}", "baseline": baselines.get(key, "")}
-        for key, value in metrics.items()
-        if key.startswith("eval_")
-    ]
+    config, origin = model.config, network.model_name_or_path
+    name = name or folder.name
+    hardware = f"{num_processes} x {platform.machine()} CPU, {torch.get_num_threads()} threads each"
+    if model.device.type == "cuda":
+        hardware = f"{num_processes} x {torch.cuda.get_device_name()}"
+    baselines = {"eval_detection_accuracy": f'{metrics.get("eval_majority_rate", 0):.4f} (always "original")'}
+    contrast = ", and to recognise a crop of the same text"
+    measured = f" but losses, in nats, and shares on `{corpus.dataset_name or corpus.validation_file}`"
+    rows = {name: value for name, value in metrics.items() if name.startswith("eval_") and name != "eval_majority_rate"}
     card = ModelCard.from_template(
-        ModelCardData(model_name=name),
+        ModelCardData(
+            model_name=name,
+            # The Hub accepts only models that it has.
+            base_model=None if origin is None or Path(origin).is_dir() else origin,
+            datasets=corpus.dataset_name,
+        ),
         template_path=Path(__file__).parent.parent / "model_cards" / "cocolm.md",
         repo_id=name,
+        family=model.base_model.config.model_type,
+        other_encoder=config.main_config is not None,
         version=__version__,
-        parameters=f"{trainer.model.num_parameters():,}",
-        corpus=corpus.dataset_name or corpus.train_file,
-        steps=trainer.state.global_step,
-        sequences_per_step=trainer.args.train_batch_size
-        * trainer.args.gradient_accumulation_steps
-        * trainer.args.world_size,
-        hardware=f"{trainer.args.world_size} x {processor}, {platform.machine()}",
-        duration=f"{metrics.get('train_runtime', 0) / 3600:.2f} h",
+        parameters=f"{model.num_parameters():,} ({model.base_model.num_parameters():,} in the encoder)",
+        objective=OBJECTIVES[config.discriminator_objective] + (contrast if config.contrastive_loss_weight else ""),
+        origin=f"`{origin}`" if origin else "random weights",
+        corpus=f"`{corpus.dataset_name or corpus.train_file}`",
+        steps=steps,
+        sequences_per_step=sequences_per_step,
+        hardware=hardware,
+        duration=f"{metrics['train_runtime'] / 3600:.2f} h{' since it last went on' if resumed else ''}",
         command=shlex.join(["python", *sys.argv]),
-        limits="Nothing but the losses above was measured; fine-tune it before you judge it.",
-        results=results,
+        limits=f"Nothing was measured{measured if rows else ''}. Fine-tune it before you judge it.",
+        results=[{"metric": n, "value": f"{value:.4f}", "baseline": baselines.get(n, "")} for n, value in rows.items()],
     )
     card.save(folder / "README.md")
 
 
 def main():
-    network, corpus, training = parse_arguments(__doc__, NetworkArguments, CorpusArguments, PretrainingArguments)
-    set_seed(training.seed)
-    splits = load_splits(
-        corpus, *(["train"] if training.do_train else []), *(["validation"] if training.do_eval else [])
+    network, corpus, training = parse_arguments(
+        __doc__.splitlines()[0], NetworkArguments, CorpusArguments, PretrainingArguments
     )
-    tokenizer = load_tokenizer(network, corpus, training, splits.get("train"))
+    wanted = wanted_splits(training)
+    set_seed(training.seed)
+    splits = load_splits(corpus, *wanted)
+    resumed = last_checkpoint(Path(training.output_dir)) is not None
+    with training.main_process_first(desc="training of the tokenizer"):
+        # The tokens of a run that goes on stay as they are.
+        is_to_train = training.local_process_index == 0 and not resumed
+        texts = splits["train"] if training.do_train else None
+        tokenizer = load_tokenizer(network, corpus, texts, Path(training.output_dir), is_to_train)
+    model = load_model(network, tokenizer)
+    length = min(corpus.max_length, tokenizer.model_max_length)
     with training.main_process_first(desc="tokenizing"):
-        chunks = {
-            split: chunk_documents(texts, tokenizer, max_length=corpus.max_length, text_column=corpus.text_column)
-            for split, texts in splits.items()
-            if split != "test"
-        }
+        chunks = {split: chunk_documents(splits[split], tokenizer, length, corpus.text_column) for split in wanted}
     collator = DataCollatorForCorrectiveLM(
         tokenizer, corpus.mask_probability, corpus.span_ratio, whole_word_masking=corpus.whole_word_masking
     )
-    trainer = Trainer(
-        model=load_model(network, tokenizer),
+    trainer = PretrainingTrainer(
+        model=model,
         args=training,
         train_dataset=chunks.get("train"),
         eval_dataset=chunks.get("validation"),
         data_collator=collator,
         processing_class=tokenizer,
-        callbacks=[LogComponentLossesCallback()],
+        callbacks=[LogComponentLossesCallback(), NewMasksCallback(collator)],
     )
     metrics = {}
     if training.do_train:
         metrics |= train(trainer)
     if training.do_eval and trainer.is_world_process_zero():
-        evaluation = corrective_lm_metrics(trainer.model, chunks["validation"], collator)
-        evaluation = {f"eval_{name}": value for name, value in evaluation.items()}
-        trainer.log_metrics("eval", evaluation)
-        trainer.save_metrics("eval", evaluation)
-        metrics |= evaluation
-    if trainer.is_world_process_zero():
-        write_model_card(trainer, corpus, metrics)
-    if training.push_to_hub:
+        measured = evaluate(model, chunks["validation"], collator, training.per_device_eval_batch_size)
+        trainer.log_metrics("eval", measured)
+        trainer.save_metrics("eval", measured)
+        metrics |= measured
+    if training.do_train and trainer.is_world_process_zero():
+        save_main_encoder(model, tokenizer, Path(training.output_dir))
+        write_model_card(
+            Path(training.output_dir),
+            model,
+            network,
+            corpus,
+            metrics,
+            steps=trainer.state.global_step,
+            sequences_per_step=training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+            num_processes=training.world_size,
+            resumed=resumed,
+            name=trainer.hub_model_id,
+        )
+    if training.do_train and training.push_to_hub:
         trainer.push_to_hub()
 
 

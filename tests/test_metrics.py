@@ -258,6 +258,23 @@ def test_corrective_lm_metrics_against_a_loop(cocolm, texts, tokenizer):
     )
 
 
+def test_objectives_with_and_without_detection(cocolm, texts, tokenizer):
+    """Of the losses, those that are not part of the objective are 0."""
+    losses = ["mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_loss"]
+    collator = DataCollatorForCorrectiveLM(tokenizer)
+    cocolm.config.discriminator_objective = "replaced_token_detection"
+    metrics = corrective_lm_metrics(cocolm, texts, collator, 4, progress=False)
+    assert [metrics[name] > 0 for name in losses] == [True, True, False, True]
+    assert len(metrics) == 9 and 0 < metrics["detection_accuracy"] < 1
+    cocolm.config.discriminator_objective = "masked_lm"
+    # One batch: nothing is sampled, so its losses are those of a forward pass.
+    metrics = corrective_lm_metrics(cocolm, texts, collator, progress=False)
+    output = cocolm.eval()(**DataCollatorForCorrectiveLM(tokenizer, seed=0)(texts))
+    expected = {name: output[name].item() for name in losses}
+    assert metrics == pytest.approx(expected, rel=1e-5)
+    assert [metrics[name] > 0 for name in losses] == [True, False, False, True]
+
+
 def naive_detection(copy_logits, is_original):
     right = found = flagged = replaced = 0
     for logit, original in zip(copy_logits, is_original, strict=True):

@@ -147,7 +147,8 @@ def corrective_lm_metrics(
     (Clark et al. 2020 log precision and recall beside accuracy in ELECTRA's pre-training).
 
     Args:
-        model: `CocoLMForPretraining` or one that returns the same losses, `copy_logits` and `corrupted_input_ids`.
+        model: `CocoLMForPretraining` or one that returns the same losses, `copy_logits` and `corrupted_input_ids`. If
+            `copy_logits` is None, as with the objective "masked_lm", nothing is said about detection.
         dataset: rows with `input_ids`.
         collator: as in training; its own seed is not used.
         batch_size: largest number of texts in a batch; the contrastive loss has 2 * batch_size - 2 negatives. Texts
@@ -189,15 +190,20 @@ def corrective_lm_metrics(
             counts["corrective_lm_loss"] = counts["mlm_loss"]
             for name, count in counts.items():
                 sums[name] += output[name].item() * count
-            is_replaced = is_token & (output.corrupted_input_ids != batch["labels"])
-            is_flagged = is_token & (output.copy_logits < 0)
             masked += counts["mlm_loss"]
             tokens += counts["copy_loss"]
+            if output.copy_logits is None:
+                continue
+            is_replaced = is_token & (output.corrupted_input_ids != batch["labels"])
+            is_flagged = is_token & (output.copy_logits < 0)
             replaced += int(is_replaced.sum())
             flagged += int(is_flagged.sum())
             hits += int((is_replaced & is_flagged).sum())
     sizes = {"mlm_loss": masked, "copy_loss": tokens, "corrective_lm_loss": masked, "contrastive_loss": len(order)}
-    return {name: total / max(sizes[name], 1) for name, total in sums.items()} | {
+    losses = {name: total / max(sizes[name], 1) for name, total in sums.items()}
+    if output.copy_logits is None:
+        return losses
+    return losses | {
         # Of all tokens, those flagged in error and those missed are wrong.
         "detection_accuracy": 1 - (flagged + replaced - 2 * hits) / tokens,
         "majority_rate": 1 - replaced / tokens,
