@@ -23,6 +23,7 @@ from .retrieval import DocumentIndex, EvidenceDataset, LexicalEmbedder
 from .training import (
     CorrectiveLMTrainer,
     LogComponentLossesCallback,
+    NewMasksCallback,
     RefreshIndexCallback,
     StopOnInterruptCallback,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "MargeForConditionalGeneration",
     "MargeForSequenceClassification",
     "MargeModel",
+    "NewMasksCallback",
     "RefreshIndexCallback",
     "StopOnInterruptCallback",
     "chunk_documents",

@@ -152,6 +152,17 @@ def test_one_batch_a_step_is_plain_trainer(tmp_path):
     assert ours.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
+def test_one_process_with_several_gpus_is_refused(tmp_path):
+    arguments = TrainingArguments(tmp_path, use_cpu=True)
+    arguments._n_gpu = 2
+    with pytest.raises(ValueError) as caught:
+        CorrectiveLMTrainer(CocoLMForPretraining(tiny_config()), arguments)
+    assert str(caught.value) == (
+        "CorrectiveLMTrainer needs a process for each GPU, but this one has 2. Start the script with `accelerate launch "
+        "--num_processes 2`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+    )
+
+
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 4}
     arguments |= {"config": tiny_config(), "save_strategy": "steps", "save_steps": 2}

@@ -122,9 +122,11 @@ class DataCollatorForCorrectiveLM:
         mask_probability: share of the tokens that are masked.
         span_ratio: length of the crop over the length of the sequence.
         pad_to_multiple_of: round the lengths of sequences and of crops up to a multiple of this.
-        seed: None draws from PyTorch's global generator, which `Trainer` seeds and restores and a `DataLoader` seeds
-            anew in each worker. A number makes masks and crop a function of it and of the sequence alone: the same in
-            each epoch, whatever the batch size, the order and the number of workers, as evaluation wants it.
+        seed: None draws from PyTorch's global generator, which `Trainer` seeds and a `DataLoader` seeds anew in each
+            worker. Data is read ahead, so a run resumed within an epoch has other masks than an unbroken one. A number
+            makes masks and crop a function of it and of the sequence alone: the same in each epoch, whatever the batch
+            size, the order and the number of workers, as evaluation wants it. For training that resumes to the bit,
+            [`NewMasksCallback`] gives it a number for each epoch.
         whole_word_masking: mask whole words (off in the authors' code). It takes a fast tokenizer whose tokens show
             where words begin or end, such as those of `train_tokenizer`, sentencepiece and WordPiece.
 

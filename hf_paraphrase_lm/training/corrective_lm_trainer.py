@@ -17,7 +17,19 @@ class CorrectiveLMTrainer(Trainer):
     all ranks). See [`global_batch`] for what it takes to be exact.
 
     It is used as `Trainer` is, with a [`CocoLMForPretraining`] as `model`.
+
+    Raises:
+        ValueError: one process has several GPUs, among which `torch.nn.DataParallel` would divide a batch.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"CorrectiveLMTrainer needs a process for each GPU, but this one has {self.args.n_gpu}. Start the "
+                f"script with `accelerate launch --num_processes {self.args.n_gpu}`, or show it one GPU with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         self._batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -47,7 +59,8 @@ def global_batch(model, batches: list[dict], accelerator: Accelerator) -> Iterat
 
     Args:
         model: `CocoLMForPretraining`, in training mode and not wrapped; `accelerator.unwrap_model(model)`.
-        batches: arguments of its forward, on its device. Every rank has as many.
+        batches: arguments of its forward, on its device. Every rank has as many and, where it is one, of as many texts;
+            with `even_batches`, the default of Accelerate, it is so.
         accelerator: sums over the ranks.
 
     Yields:
@@ -70,7 +83,6 @@ def global_batch(model, batches: list[dict], accelerator: Accelerator) -> Iterat
         views.append(torch.stack([output.contrastive_embeddings, output.span_embeddings], dim=1))
     is_text = [(batch["labels"] != -100).any(dim=-1) for batch in batches]
     stops = torch.tensor([len(rows) for rows in is_text]).cumsum(0).tolist()
-    # Ranks may have different numbers of texts at the end of an epoch.
     all_views = accelerator.gather(accelerator.pad_across_processes(torch.cat(views)))
     is_other = accelerator.gather(accelerator.pad_across_processes(torch.cat(is_text)))
     first = accelerator.process_index * (len(all_views) // accelerator.num_processes)
