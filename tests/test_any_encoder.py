@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModel,
     AutoModelForPreTraining,
@@ -13,14 +14,18 @@ from transformers import (
     ElectraConfig,
     ElectraForPreTraining,
     ElectraModel,
+    GPT2Config,
+    GPT2Model,
     ModernBertConfig,
     ModernBertModel,
     RobertaConfig,
     RobertaModel,
     Trainer,
+    XLNetConfig,
+    XLNetModel,
 )
 
-from hf_paraphrase_lm import CocoLMConfig, CocoLMForPretraining, CocoLMForSequenceClassification, CocoLMModel
+from hf_paraphrase_lm import CocoLMConfig, CocoLMForPretraining, CocoLMForSequenceClassification, CocoLMModel, hub
 
 from .test_modeling_cocolm import assert_same_weights, pretraining_batch, tiny_config, training_arguments
 
@@ -122,8 +127,9 @@ def test_every_trainable_weight_is_trained_and_only_by_its_losses(family):
     output = model(**pretraining_batch(corrupted=False))
     output.loss.backward()
     for name, weight in model.named_parameters():
-        assert (weight.grad is not None) == weight.requires_grad, name
-        assert weight.requires_grad != name.startswith(("cocolm.pooler", "auxiliary.pooler")), name
+        # The main network's pooler is of no use here, but may be fine-tuned in this process.
+        assert (weight.grad is not None) == (weight.requires_grad and not name.startswith("cocolm.pooler")), name
+        assert weight.requires_grad != name.startswith("auxiliary.pooler"), name
     model.zero_grad()
     model(**pretraining_batch()).mlm_loss.backward()
     own = [n for n, w in model.named_parameters() if w.grad is not None and w.grad.abs().sum() > 0]
@@ -142,6 +148,140 @@ def test_a_batch_is_learned_by_heart(tmp_path):
     assert losses[-1] < 0.2 * losses[0]
 
 
+LOAD = """
+import sys
+
+import torch
+from transformers import AutoModelForPreTraining
+
+for folder in sys.argv[1:]:
+    model, loading = AutoModelForPreTraining.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    batch = torch.load(folder + "/batch.pt")
+    print(any(loading.values()), model.eval()(**batch).loss.item())
+"""
+
+
+def test_own_encoders_load_without_the_package(tmp_path, run_python):
+    """Beside another, of the same family, and with sizes of their own."""
+    expected = ""
+    for name, auxiliary in {"own": CocoLMModel(tiny_config(num_hidden_layers=1)), "bert": encoders("bert")[1]}.items():
+        model = CocoLMForPretraining.from_encoders(CocoLMModel(tiny_config()), auxiliary).eval()
+        hub.save_with_code(model, tmp_path / name)
+        torch.save(pretraining_batch(), tmp_path / name / "batch.pt")
+        expected += f"False {model(**torch.load(tmp_path / name / 'batch.pt')).loss.item()}\n"
+    assert run_python(LOAD, tmp_path / "own", tmp_path / "bert", package=False) == expected
+
+
+def test_encoders_of_a_type_of_their_own(tmp_path):
+    main, auxiliary = encoders("bert")
+    main.bfloat16().save_pretrained(tmp_path / "main")
+    main = AutoModel.from_pretrained(tmp_path / "main")
+    # The configuration of the checkpoint does not make one of the networks bfloat16.
+    model = CocoLMForPretraining(CocoLMConfig(main_config=main.config, auxiliary_config=auxiliary.config))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert model(**pretraining_batch()).loss.isfinite()
+    # All have the main one's.
+    model = CocoLMForPretraining.from_encoders(main, auxiliary)
+    assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
+    assert_same_weights(model.cocolm, main)
+    model.save_pretrained(tmp_path / "both")
+    for dtype in (torch.bfloat16, torch.float32):
+        loaded = CocoLMForPretraining.from_pretrained(tmp_path / "both", dtype=dtype)
+        assert {weight.dtype for weight in loaded.parameters()} == {dtype}
+
+
+def test_a_family_without_a_longest_sequence_is_saved(tmp_path):
+    sizes = {"d_model": 24, "n_head": 2, "n_layer": 1, "d_inner": 32, "vocab_size": VOCAB_SIZE, "pad_token_id": 1}
+    main, auxiliary = (XLNetModel(XLNetConfig(**sizes)) for _ in range(2))
+    assert main.config.max_position_embeddings == -1
+    model = CocoLMForPretraining.from_encoders(main, auxiliary)
+    assert model.config.max_position_embeddings == 512
+    model.save_pretrained(tmp_path)
+    assert_same_weights(CocoLMForPretraining.from_pretrained(tmp_path), model)
+
+
+def test_a_configuration_that_cannot_be_saved_is_refused():
+    main, auxiliary = encoders("bert")
+    main.config.initializer_range = 0.0
+    with pytest.raises(StrictDataclassError, match=r"initializer_range must be positive, but got 0\.0\.$"):
+        CocoLMForPretraining.from_encoders(main, auxiliary)
+
+
+def test_no_setting_is_lost_silently(caplog):
+    main, auxiliary = encoders("modernbert")
+    with pytest.raises(ValueError) as caught:
+        CocoLMForPretraining.from_encoders(main, auxiliary, CocoLMConfig(), copy_loss_weight=3, auxiliary_layers=2)
+    assert str(caught.value) == (
+        "The settings must be either in config or keywords, but got a config and auxiliary_layers, copy_loss_weight. "
+        "Set them in the config."
+    )
+    gpt2 = GPT2Model(GPT2Config(n_embd=24, n_head=2, n_layer=1, vocab_size=VOCAB_SIZE))
+    with pytest.raises(ValueError) as caught:
+        CocoLMForPretraining.from_encoders(gpt2, auxiliary, pad_token_id=1)
+    assert str(caught.value) == (
+        "pad_token_id is read from main, whose configuration has None, but got 1. Set main.config.pad_token_id if the "
+        "encoder is really of that kind."
+    )
+    gpt2.config.pad_token_id = 1
+    settings = {"pad_token_id": 1, "torch_dtype": "float32", "id2label": {"0": "a", "1": "b"}}
+    assert CocoLMForPretraining.from_encoders(gpt2, auxiliary, **settings).config.pad_token_id == 1
+    caplog.clear()
+    config = CocoLMConfig(initializer_range=0.5, pad_token_id=7)
+    config = CocoLMForPretraining.from_encoders(main, copy.deepcopy(main), config).config
+    assert (config.initializer_range, config.pad_token_id) == (0.02, 1)
+    message = "The main encoder's configuration replaces initializer_range 0.5 by 0.02, pad_token_id 7 by 1."
+    assert caplog.messages == [message]
+    caplog.clear()
+    CocoLMConfig(**config.to_dict())
+    assert caplog.messages == []
+
+
+def test_embeddings_are_shared_within_a_family_only():
+    """RoBERTa's positions begin after that of padding."""
+    sizes = SIZES | {"num_hidden_layers": 1, "type_vocab_size": 2, "max_position_embeddings": 20}
+    bert, roberta = BertModel(BertConfig(**sizes)), RobertaModel(RobertaConfig(**sizes))
+    model = CocoLMForPretraining.from_encoders(bert, roberta)
+    assert_same_weights(model.auxiliary, roberta)
+    assert_same_weights(model.cocolm, bert)
+
+
+def test_bad_input_of_other_families_is_named():
+    sizes = SIZES | {"num_hidden_layers": 1, "type_vocab_size": 2, "max_position_embeddings": 20}
+    bert, roberta = BertModel(BertConfig(**sizes)), RobertaModel(RobertaConfig(**sizes))
+    for main, auxiliary in ((bert, roberta), (roberta, bert)):
+        model = CocoLMForPretraining.from_encoders(main, auxiliary)
+        assert model(**pretraining_batch((18, 5))).loss.isfinite()
+        with pytest.raises(ValueError) as caught:
+            model(**pretraining_batch((19, 5)))
+        assert str(caught.value) == (
+            "The input must have at most 18 tokens, for which there are position embeddings, but has 19. Truncate it "
+            "when you tokenize."
+        )
+        batch = pretraining_batch()
+        for name in ("input_ids", "labels", "span_input_ids", "corrupted_input_ids"):
+            with pytest.raises(ValueError) as caught:
+                model(**batch | {name: torch.full_like(batch[name], VOCAB_SIZE)})
+            assert str(caught.value) == (
+                f"{name} must be between 0 and {VOCAB_SIZE - 1}, but got {VOCAB_SIZE}. The tokenizer has another "
+                "vocabulary than the model; if you added tokens, call resize_token_embeddings."
+            )
+
+
+def test_dropout_under_any_name_is_zero():
+    sizes = {"n_embd": 24, "n_head": 2, "n_layer": 1, "vocab_size": VOCAB_SIZE, "pad_token_id": 1}
+    main, auxiliary = (GPT2Model(GPT2Config(**sizes)) for _ in range(2))
+    model = CocoLMForPretraining.from_encoders(main, auxiliary, auxiliary_sampling="zero_dropout")
+    dropouts = [[m.p for m in e.modules() if isinstance(m, torch.nn.Dropout)] for e in (model.auxiliary, model.cocolm)]
+    assert set(dropouts[0]) == {0.0} and set(dropouts[1]) == {0.1}
+
+
+def test_hidden_states_on_demand_of_the_configuration():
+    model = CocoLMForPretraining.from_encoders(*encoders("bert"), output_hidden_states=True)
+    batch = pretraining_batch()
+    assert len(model(**batch).hidden_states) == len(model(batch["input_ids"]).hidden_states) == 3
+    assert model(**batch, output_hidden_states=False).hidden_states is None
+
+
 @pytest.mark.parametrize("size", [VOCAB_SIZE + 5, VOCAB_SIZE - 5])
 @pytest.mark.parametrize("family", ["bert", "narrow auxiliary"])
 def test_resized_vocabulary(tmp_path, family, size):
@@ -150,6 +290,7 @@ def test_resized_vocabulary(tmp_path, family, size):
     batch = {name: tensor.clamp(max=size - 1) for name, tensor in pretraining_batch().items()}
     output = model(**batch, output_logits=True)
     assert output.auxiliary_logits.shape[-1] == output.corrective_lm_logits.shape[-1] == size
+    assert model.auxiliary_lm_head.decoder.out_features == model.corrective_lm_head.out_features == size
     model.save_pretrained(tmp_path / "both")
     assert_same_weights(CocoLMForPretraining.from_pretrained(tmp_path / "both"), model)
     model.base_model.save_pretrained(tmp_path / "main")
@@ -219,11 +360,17 @@ def test_what_cannot_be_encoders():
         with pytest.raises(ValueError) as caught:
             model_class(config)
         assert str(caught.value) == (
-            "This configuration is of pre-training with other encoders (bert), not of a COCO-LM encoder. Load it with "
-            "CocoLMForPretraining; base_model.save_pretrained writes its main encoder as a bert checkpoint."
+            "This configuration is of two networks in pre-training (the main one: bert), not of one encoder. Load it "
+            "with CocoLMForPretraining; base_model.save_pretrained writes its main encoder as a bert checkpoint."
         )
     with pytest.raises(Exception, match="main_config and auxiliary_config go together, but only one of them was given"):
         CocoLMConfig(main_config=main.config)
+    with pytest.raises(ValueError) as caught:
+        CocoLMConfig(main_config={"vocab_size": 50, "hidden_size": 24}, auxiliary_config=main.config)
+    assert str(caught.value) == (
+        "main_config must have a model_type, which says of what family the encoder is, but has only the keys "
+        "['hidden_size', 'vocab_size']. Take it from the encoder's config.json."
+    )
 
 
 @pytest.mark.parametrize("weight", [0, 1])
@@ -257,6 +404,12 @@ def test_objectives(tmp_path, objective, weight):
         tmp_path, discriminator_objective="corrective_lm", contrastive_loss_weight=1, output_loading_info=True
     )
     assert not any(loading.values()) and all(p.requires_grad for p in continued.parameters())
+    # Or in the same process, where what is frozen for another reason stays so.
+    loaded.cocolm.embeddings.requires_grad_(False)
+    loaded.config.discriminator_objective, loaded.config.contrastive_loss_weight = "corrective_lm", 1
+    loaded.tie_weights()
+    frozen = {n for n, p in loaded.named_parameters() if not p.requires_grad}
+    assert frozen and all(name.startswith("cocolm.embeddings.") for name in frozen)
 
 
 def test_masked_lm_is_that_of_the_main_network():

@@ -151,8 +151,8 @@ def test_other_keys_are_kept_and_mentioned(tmp_path, caplog, weights):
     config = CocoLMModel.from_pretrained(save(tmp_path, weights, **keys)).config
     assert {key: getattr(config, key) for key in keys} == keys
     message = (
-        "CocoLMConfig has no field 'embedding_size', 'summary_type', 'fix_word_embedding', 'classifier_dropout'. The "
-        "value is kept, but no model of this package reads it."
+        "CocoLMConfig does not know 'embedding_size', 'summary_type', 'fix_word_embedding', 'classifier_dropout': "
+        "kept, but not read by any model of this package."
     )
     assert said(caplog, configuration_cocolm) == [message]
 
@@ -315,6 +315,18 @@ def test_nothing_is_said_where_nothing_is_new(tmp_path, caplog, weights):
     assert said(caplog) == []
 
 
+@pytest.mark.parametrize(
+    "model_class", [model_class for model_class in HEADS if model_class is not CocoLMForPretraining]
+)
+def test_what_pretraining_leaves_behind_is_not_mentioned(tmp_path, model_class):
+    pretraining = CocoLMForPretraining(tiny_config())
+    pretraining.save_pretrained(tmp_path)
+    for loaded_class in (CocoLMModel, model_class):
+        loaded, loading = loaded_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert loading["unexpected_keys"] == set()
+        assert_same_weights(loaded.base_model, pretraining.cocolm)
+
+
 def test_a_head_of_another_task_is_left_out(tmp_path, caplog):
     model = CocoLMForSequenceClassification(tiny_config(num_labels=3))
     model.save_pretrained(tmp_path)
@@ -444,6 +456,37 @@ def test_a_file_that_is_missing_is_named_by_transformers(tmp_path, weights):
         CocoLMModel.from_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["model", "pytorch_model"])
+def test_files_that_are_not_loaded_are_not_blamed(tmp_path, model, name):
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    for leftover in ("pytorch_model_extra.bin", "model_old.safetensors", "model-00001-of-00099.safetensors"):
+        (tmp_path / leftover).write_text("no weights")
+    if name == "model":
+        model.save_pretrained(tmp_path / "variant", variant="fp16")
+        (tmp_path / "variant" / "model.safetensors").write_text("no weights")
+        with pytest.raises(ValueError, match="Flash Attention 2"):
+            CocoLMModel.from_pretrained(tmp_path / "variant", variant="fp16", attn_implementation="flash_attention_2")
+    else:
+        for file in tmp_path.glob("*.safetensors*"):
+            file.unlink()
+        torch.save(model.state_dict() | {"epoch": 3}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="Flash Attention 2"):
+        CocoLMModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+def test_a_truncated_shard_of_the_former_form(tmp_path, weights):
+    save(tmp_path, weights).joinpath("pytorch_model.bin").unlink()
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    index = {"metadata": {}, "weight_map": {name: names[i % 2] for i, name in enumerate(weights)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for i, name in enumerate(names):
+        torch.save({key: weights[key] for key in list(weights)[i::2]}, tmp_path / name)
+    assert_same_weights(CocoLMModel.from_pretrained(tmp_path), CocoLMModel.from_pretrained(tmp_path))
+    file = tmp_path / names[1]
+    file.write_bytes(file.read_bytes()[:100])
+    refuses_file(file)
+
+
 def test_a_failure_of_another_kind_is_not_hidden(tmp_path, weights):
     save(tmp_path, weights)
     # A pickle that Trainer writes, which no one loads.
@@ -493,7 +536,8 @@ def test_more_tokens_than_positions_are_refused_by_every_class(model_class):
     model = model_class(tiny_config(max_position_embeddings=512, num_hidden_layers=1))
     shape = (1, 2, 513) if model_class is CocoLMForMultipleChoice else (1, 513)
     message = (
-        "The input must have at most max_position_embeddings (512) tokens, but has 513. Truncate it when you tokenize."
+        "The input must have at most 512 tokens, for which there are position embeddings, but has 513. Truncate it "
+        "when you tokenize."
     )
     for name, tensor in {"input_ids": torch.full(shape, 7), "inputs_embeds": torch.zeros(*shape, 16)}.items():
         if name == "input_ids" or model_class is not CocoLMForPretraining:

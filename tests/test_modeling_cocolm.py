@@ -395,6 +395,14 @@ def test_sampling_modes(monkeypatch, mode):
     torch.testing.assert_close(probabilities[1], without)
 
 
+def test_sampling_keeps_the_modes_of_the_auxiliary_network():
+    model = CocoLMForPretraining(tiny_config()).train()
+    model.auxiliary.embeddings.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    model(**pretraining_batch(corrupted=False))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
 def test_samples_follow_the_auxiliary_network_and_stay_at_the_masks():
     model = CocoLMForPretraining(tiny_config()).eval()
     batch = pretraining_batch((12,) * 4, corrupted=False)
@@ -750,8 +758,8 @@ def test_bad_input_is_named():
     cases = [
         (
             {"input_ids": torch.full((1, 25), 7)},
-            "The input must have at most max_position_embeddings (24) tokens, but has 25. Truncate it when you "
-            "tokenize.",
+            "The input must have at most 24 tokens, for which there are position embeddings, but has 25. Truncate it "
+            "when you tokenize.",
         ),
         (
             {"input_ids": torch.tensor([[CLS, VOCAB_SIZE]])},
@@ -779,6 +787,24 @@ def test_bad_input_is_named():
         (
             batch | {"span_input_ids": batch["span_input_ids"][:3], "span_attention_mask": None},
             "span_input_ids must have the shape (4, 10), but got (3, 10).",
+        ),
+        (
+            batch | {"span_attention_mask": batch["span_attention_mask"][:, 1:]},
+            "span_attention_mask must have the shape (4, 10), but got (4, 9).",
+        ),
+        (
+            batch | {"span_input_ids": torch.full((4, 25), 7), "span_attention_mask": None},
+            "span_input_ids must have at most 24 tokens, for which there are position embeddings, but has 25. Truncate "
+            "it when you tokenize.",
+        ),
+        *(
+            (
+                batch | {name: batch[name].index_fill(1, torch.tensor([3]), value)},
+                f"{name} must be between 0 and 49, but got {value}. The tokenizer has another vocabulary than the "
+                "model; if you added tokens, call resize_token_embeddings.",
+            )
+            for name in ("labels", "span_input_ids", "corrupted_input_ids")
+            for value in (VOCAB_SIZE, -1)
         ),
     ]
     for inputs, sentence in cases:

@@ -12,7 +12,8 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 # Our choice: from this similarity on (difflib's ratio) an unknown key is a misspelt field. One wrong letter in the
-# shortest field gives 0.9, and no key that transformers or the authors' code writes is above 0.87.
+# shortest field gives 0.9. The keys that the authors' code writes are below; some fields of other families are above
+# (`layer_norm_epsilon`) and refused too: their values would not be read.
 MISSPELT = 0.87
 
 
@@ -64,8 +65,9 @@ class CocoLMConfig(PreTrainedConfig):
             and to restore the original ones; `"replaced_token_detection"`: only to tell them, as in ELECTRA (Clark et
             al. 2020); `"masked_lm"`: to fill the masks itself, without an auxiliary network.
         main_config (`PreTrainedConfig`, *optional*):
-            The main network, if it is no COCO-LM encoder; see [`CocoLMForPretraining.from_encoders`]. Sizes and special
-            tokens are then read from it, and the fields above that describe the encoder have no effect.
+            The main network, if it is one of its own; see [`CocoLMForPretraining.from_encoders`]. Sizes,
+            `initializer_range` and special tokens are then read from it, which one line of the log says where it
+            replaces a value other than the default; the fields above that describe the encoder have no effect.
         auxiliary_config (`PreTrainedConfig`, *optional*): The auxiliary network beside such a main one.
         tie_word_embeddings (`bool`, defaults to `True`):
             Must be true: the language model heads and the auxiliary network share the main network's embeddings.
@@ -127,7 +129,14 @@ class CocoLMConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name in self.sub_configs:
             if isinstance(encoder := getattr(self, name), dict):
-                setattr(self, name, AutoConfig.for_model(**encoder))
+                if "model_type" not in encoder:
+                    raise ValueError(
+                        f"{name} must have a model_type, which says of what family the encoder is, but has only the "
+                        f"keys {sorted(encoder)}. Take it from the encoder's config.json."
+                    )
+                # Ours is not registered where this file is the code of a checkpoint.
+                is_own = encoder["model_type"] == self.model_type
+                setattr(self, name, type(self)(**encoder) if is_own else AutoConfig.for_model(**encoder))
         super().__post_init__(**kwargs)
         self._check_keys(kwargs)
         if (self.main_config is None) != (self.auxiliary_config is None):
@@ -150,17 +159,31 @@ class CocoLMConfig(PreTrainedConfig):
                 )
         if unknown:
             logger.warning_once(
-                f"{type(self).__name__} has no field {', '.join(map(repr, unknown))}. The value is kept, but no model "
-                "of this package reads it."
+                f"{type(self).__name__} does not know {', '.join(map(repr, unknown))}: kept, but not read by any model "
+                "of this package."
             )
 
     def set_encoders(self, main: PreTrainedConfig, auxiliary: PreTrainedConfig):
-        """Makes these the encoders instead of COCO-LM's own, and takes over the main one's sizes and special tokens."""
+        """Makes these the encoders instead of COCO-LM's own, and takes over the main one's sizes and special tokens.
+
+        Raises:
+            huggingface_hub.errors.StrictDataclassError: If such a value cannot be saved.
+        """
         self.main_config, self.auxiliary_config = copy.deepcopy(main), copy.deepcopy(auxiliary)
         taken = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
         taken += ["initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"]
+        replaced = []
         for name in taken:
-            setattr(self, name, getattr(main, name, getattr(self, name)))
+            own, value = getattr(self, name), getattr(main, name, getattr(self, name))
+            # XLNet has no longest sequence.
+            if name == "max_position_embeddings" and (value is None or value < 1):
+                continue
+            if own not in (value, getattr(type(self), name)):
+                replaced.append(f"{name} {own} by {value}")
+            setattr(self, name, value)
+        if replaced:
+            logger.warning(f"The main encoder's configuration replaces {', '.join(replaced)}.")
+        self.validate()
 
     def validate_sizes(self):
         """Checks that the sizes fit each other (called at construction, save and load)."""

@@ -10,6 +10,7 @@ Modules of the encoder have the names of the released checkpoints.
 """
 
 import copy
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -42,6 +43,9 @@ logger = logging.get_logger(__name__)
 # Added to the scores of padding: softmax makes it an exact zero, and unlike the minimum of float32 it stays finite
 # when autocast turns it into float16 or bfloat16, so a row of nothing but padding gives no NaN.
 PADDING_SCORE = torch.finfo(torch.float16).min
+
+# Pattern of the weights of CocoLMForPretraining besides the encoder.
+PRETRAINING_ONLY = r"^(auxiliary(_lm_head)?|copy_head|corrective_lm_(head|projection)|contrastive_head)\."
 
 
 def relative_position_bucket(distance: torch.Tensor, num_buckets: int, max_distance: int) -> torch.Tensor:
@@ -355,12 +359,7 @@ class CocoLMEmbeddings(nn.Module):
         shape = input_ids.shape if input_ids is not None else inputs_embeds.shape[:-1]
         if len(shape) != 2:
             raise ValueError(f"The input must have the dimensions batch and length, but its shape is {tuple(shape)}.")
-        num_positions = self.position_embeddings.num_embeddings
-        if shape[1] > num_positions:
-            raise ValueError(
-                f"The input must have at most max_position_embeddings ({num_positions}) tokens, but has {shape[1]}. "
-                "Truncate it when you tokenize."
-            )
+        _check_length("The input", shape[1], self.position_embeddings.num_embeddings)
         if attention_mask is not None:
             _check_shape("attention_mask", attention_mask, shape)
         if inputs_embeds is None:
@@ -373,21 +372,35 @@ class CocoLMEmbeddings(nn.Module):
         return embeddings
 
 
-def _check_token_ids(input_ids: torch.Tensor, vocab_size: int):
+def _check_token_ids(input_ids: torch.Tensor, vocab_size: int, name: str = "input_ids"):
     """Names a token outside the vocabulary. Only on the CPU: elsewhere the check would wait for the device."""
     if input_ids.device.type != "cpu" or torch.compiler.is_compiling() or input_ids.numel() == 0:
         return
     lowest, highest = (int(value) for value in input_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
         raise ValueError(
-            f"input_ids must be between 0 and {vocab_size - 1}, but got {lowest if lowest < 0 else highest}. The "
+            f"{name} must be between 0 and {vocab_size - 1}, but got {lowest if lowest < 0 else highest}. The "
             "tokenizer has another vocabulary than the model; if you added tokens, call resize_token_embeddings."
+        )
+
+
+def _check_length(name: str, length: int, num_positions: int | float):
+    if length > num_positions:
+        raise ValueError(
+            f"{name} must have at most {num_positions} tokens, for which there are position embeddings, but has "
+            f"{length}. Truncate it when you tokenize."
         )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...]):
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}.")
+
+
+def _labels_loss(logits: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Cross entropy of a head, `(..., classes)`, with labels `(...)`."""
+    _check_shape("labels", labels, logits.shape[:-1])
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), **kwargs)
 
 
 class CocoLMPreTrainedModel(PreTrainedModel):
@@ -402,8 +415,8 @@ class CocoLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": CocoLMLayer, "attentions": CocoLMSelfAttention}
-    # Buffer that encoders of transformers 4 wrote into their checkpoints.
-    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]
+    # Buffer that encoders of transformers 4 wrote into their checkpoints, and what is left behind after pre-training.
+    _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$", PRETRAINING_ONLY]
 
     @classmethod
     def from_pretrained(
@@ -440,7 +453,8 @@ class CocoLMPreTrainedModel(PreTrainedModel):
             )
         except Exception as error:
             if pretrained_model_name_or_path is not None:
-                _check_files(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""), error)
+                folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+                _check_files(_weight_files(folder, kwargs.get("variant")), error)
             raise
         mismatched = {name: shapes for name, *shapes in loading["mismatched_keys"]}
         source = pretrained_model_name_or_path or "the state dict"
@@ -453,14 +467,26 @@ class CocoLMPreTrainedModel(PreTrainedModel):
         return (model, loading) if output_loading_info else model
 
 
-def _check_files(folder: Path, error: Exception):
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The files of weights that loading reads: the first kind that the folder has."""
+    variant = f".{variant}" if variant else ""
+    for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (file := folder / f"{name}{variant}.{suffix}").is_file():
+            return [file]
+        if (index := folder / f"{name}.{suffix}.index{variant}.json").is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / shard for shard in sorted(shards) if (folder / shard).is_file()]
+    return []
+
+
+def _check_files(files: list[Path], error: Exception):
     """Names the file of weights that cannot be read, if that is why loading ended with `error`."""
-    for file in sorted((*folder.glob("pytorch_model*.bin"), *folder.glob("model*.safetensors"))):
+    for file in files:
         try:
             if file.suffix == ".safetensors":
                 safe_open(file, "pt")
-            elif not all(map(torch.is_tensor, torch.load(file, "meta", weights_only=True).values())):
-                raise TypeError("not only tensors")
+            elif not any(map(torch.is_tensor, torch.load(file, "meta", weights_only=True).values())):
+                raise TypeError("no tensors")
         # A damaged file ends in any error.
         except Exception:
             raise RuntimeError(
@@ -520,8 +546,8 @@ class CocoLMModel(CocoLMPreTrainedModel):
         super().__init__(config)
         if config.main_config is not None:
             raise ValueError(
-                f"This configuration is of pre-training with other encoders ({config.main_config.model_type}), not of "
-                "a COCO-LM encoder. Load it with CocoLMForPretraining; base_model.save_pretrained writes its main "
+                f"This configuration is of two networks in pre-training (the main one: {config.main_config.model_type}"
+                "), not of one encoder. Load it with CocoLMForPretraining; base_model.save_pretrained writes its main "
                 f"encoder as a {config.main_config.model_type} checkpoint."
             )
         self.embeddings = CocoLMEmbeddings(config)
@@ -645,6 +671,23 @@ class CocoLMLMHead(CocoLMTransform):
         return self.decoder(super().forward(hidden_states))
 
 
+def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
+    """An encoder of any family, in the default type whatever the configuration says of its checkpoint."""
+    # Ours is not registered with AutoModel where this file is the code of a checkpoint.
+    if config.model_type == CocoLMConfig.model_type:
+        return CocoLMModel(config)
+    return AutoModel.from_config(config, dtype=torch.get_default_dtype())
+
+
+def _num_positions(encoder: PreTrainedModel) -> int | float:
+    """Tokens that the table of absolute positions has room for, infinite without one."""
+    for name, module in encoder.named_modules():
+        if name.endswith("embeddings.position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa's begin after that of padding.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return math.inf
+
+
 def _embedding_weights(encoder: PreTrainedModel) -> tuple[str, dict[str, torch.Size]]:
     """Name of the word embeddings' weight, and shapes by name of all weights of the embedding layer that it is in."""
     words = next(name for name, module in encoder.named_modules() if module is encoder.get_input_embeddings())
@@ -721,12 +764,15 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             auxiliary_config.num_hidden_layers = config.auxiliary_layers
         if config.auxiliary_sampling == "zero_dropout":
             for name, value in auxiliary_config.to_dict().items():
-                if "dropout" in name and isinstance(value, float):
+                if "drop" in name and isinstance(value, float):
                     setattr(auxiliary_config, name, 0.0)
-        if config.main_config is None:
-            self.cocolm, self.auxiliary = CocoLMModel(config), CocoLMModel(auxiliary_config)
-        else:
-            self.cocolm, self.auxiliary = map(AutoModel.from_config, (config.main_config, auxiliary_config))
+        self.cocolm, self.auxiliary = map(_make_encoder, (config.main_config or config, auxiliary_config))
+        if config.auxiliary_sampling == "zero_dropout":
+            # Some families have names of their own for it.
+            for module in self.auxiliary.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.num_positions = min(map(_num_positions, (self.cocolm, self.auxiliary)))
         # Embeddings may be narrower than the layers, as ELECTRA's are.
         embedding_size = self.cocolm.get_input_embeddings().embedding_dim
         auxiliary_embedding_size = self.auxiliary.get_input_embeddings().embedding_dim
@@ -737,17 +783,21 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         self.corrective_lm_head = nn.Linear(embedding_size, config.vocab_size)
         self.contrastive_head = CocoLMTransform(config, config.contrastive_embedding_size or config.hidden_size)
         self._tied_weights_keys = self._shared_weights()
+        self._unused = ()
         self.post_init()
+        # Which the encoders pass on.
+        self._keys_to_ignore_on_load_unexpected.discard(PRETRAINING_ONLY)
 
     def _shared_weights(self) -> dict[str, str]:
         """Names of the weights that are another weight, and that one's name.
 
-        Both networks share all embeddings, as in COCO-LM, where those have the same names and shapes in both.
+        Both networks share all embeddings, as in COCO-LM, where they are of one family and those have the same names
+        and shapes. (BERT and RoBERTa have such, but count positions differently.)
         """
         words, weights = _embedding_weights(self.cocolm)
         auxiliary_words, auxiliary_weights = _embedding_weights(self.auxiliary)
         shared = {}
-        if auxiliary_weights == weights:
+        if self.auxiliary.config.model_type == self.cocolm.config.model_type and auxiliary_weights == weights:
             shared = {f"auxiliary.{name}": f"cocolm.{name}" for name in weights}
         auxiliary_words = f"auxiliary.{auxiliary_words}"
         shared["auxiliary_lm_head.decoder.weight"] = shared.get(auxiliary_words, auxiliary_words)
@@ -755,12 +805,13 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         return shared
 
     def tie_weights(self, *args, **kwargs):
-        """Ties the shared weights, and takes the gradient from those that the objective does not use.
+        """Ties the shared weights, and takes the gradient from heads and auxiliary where the objective has no use.
 
         Distributed training waits for every gradient that it expects. Loading replaces all weights, and ends with this.
+        Call it after another objective was set: the weights that this one took the gradient from get it back.
         """
         super().tie_weights(*args, **kwargs)
-        unused = ["cocolm.pooler.", "auxiliary.pooler."]
+        unused = ["auxiliary.pooler."]
         if not self.config.contrastive_loss_weight:
             unused += ["contrastive_head."]
         if self.config.discriminator_objective == "replaced_token_detection":
@@ -769,8 +820,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             unused += ["auxiliary.", "auxiliary_lm_head.", "copy_head."]
         # A shared weight has the name that the main network gives it.
         for name, weight in self.named_parameters():
-            if name.startswith(tuple(unused)):
-                weight.requires_grad_(False)
+            if name.startswith((*self._unused, *unused)):
+                weight.requires_grad_(not name.startswith(tuple(unused)))
+        self._unused = tuple(unused)
 
     @classmethod
     def from_encoders(
@@ -782,19 +834,30 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         registered with `AutoModel`, called as `model(input_ids=..., attention_mask=...)` and returning
         `last_hidden_state` `(batch, length, hidden_size)`.
 
-        The auxiliary network shares the main one's embeddings if both have embeddings of the same names and shapes; if
-        it comes with other values, it loses them to those of the main one, which is logged.
+        The auxiliary network shares the main one's embeddings if both are of one family and have embeddings of the same
+        names and shapes; if it comes with other values, it loses them to those of the main one, which is logged.
+
+        A weight that this objective does not use, such as the pooler of BERT, keeps its `requires_grad` in the main
+        network: `DistributedDataParallel` then needs `find_unused_parameters=True`, which `Trainer` sets.
 
         Args:
-            main: The encoder to pre-train; of a model with a head, its `base_model`.
+            main: The encoder to pre-train; of a model with a head, its `base_model`. The whole takes its device and
+                type.
             auxiliary: The smaller encoder that corrupts the text, with the same vocabulary.
-            config: Settings of the objective; by default those of `kwargs`.
+            config: Settings of the objective, instead of `kwargs`.
             kwargs: Fields of [`CocoLMConfig`], such as `copy_loss_weight=50`.
 
         Raises:
             TypeError: If a network is no `PreTrainedModel`.
-            ValueError: If the vocabularies differ in size, or a network is not registered with `AutoModel`.
+            ValueError: If the vocabularies differ in size, a network is not registered with `AutoModel`, `config` and
+                `kwargs` are both given, or one of `kwargs` is read from `main` and has another value there.
+            huggingface_hub.errors.StrictDataclassError: If the configuration could not be saved.
         """
+        if config is not None and kwargs:
+            raise ValueError(
+                f"The settings must be either in config or keywords, but got a config and {', '.join(sorted(kwargs))}. "
+                "Set them in the config."
+            )
         for name, encoder in {"main": main, "auxiliary": auxiliary}.items():
             if not isinstance(encoder, PreTrainedModel):
                 raise TypeError(
@@ -810,8 +873,15 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                 "you only added tokens, call resize_token_embeddings."
             )
         config = CocoLMConfig(**kwargs) if config is None else copy.deepcopy(config)
+        given = {name: value for name, value in vars(config).items() if name in kwargs}
         config.set_encoders(main.config, auxiliary.config)
-        model = cls(config).to(main.dtype)
+        for name, value in given.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"{name} is read from main, whose configuration has {getattr(config, name)}, but got {value}. Set "
+                    f"main.config.{name} if the encoder is really of that kind."
+                )
+        model = cls(config).to(device=main.device, dtype=main.dtype)
         for copied, encoder, name in ((model.auxiliary, auxiliary, "auxiliary"), (model.cocolm, main, "main")):
             if type(copied) is not type(encoder):
                 raise ValueError(
@@ -826,7 +896,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                     "left over. It could not be loaded again."
                 )
         shared = [name.removeprefix("auxiliary.") for name in model._tied_weights_keys if name.startswith("auxiliary.")]
-        if not all(torch.equal(model.auxiliary.get_parameter(name), auxiliary.get_parameter(name)) for name in shared):
+        pairs = [(model.auxiliary.get_parameter(name), auxiliary.get_parameter(name)) for name in shared]
+        if not all(torch.equal(weight, given.to(weight)) for weight, given in pairs):
             logger.warning("The auxiliary network now has the main network's embeddings in place of its own.")
         return model
 
@@ -835,6 +906,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         if self.auxiliary.get_input_embeddings().num_embeddings != embeddings.num_embeddings:
             self.auxiliary.resize_token_embeddings(embeddings.num_embeddings)
             self.tie_weights()
+        for head in (self.corrective_lm_head, self.auxiliary_lm_head.decoder):
+            head.out_features = embeddings.num_embeddings
         for config in (
             self.config.main_config,
             self.config.auxiliary_config,
@@ -872,7 +945,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             labels: `(batch, length)`, int64: the whole original text, -100 on padding. Masked positions are those where
                 it differs from `input_ids`. Without it no loss is computed, nothing is sampled, and the main network
                 reads `input_ids` (or `corrupted_input_ids`) as it is, to tell which tokens look replaced.
-            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS].
+            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. Without it
+                the contrastive head gets no gradient, for which `DistributedDataParallel` waits unless
+                `contrastive_loss_weight` is 0.
             span_attention_mask: `(batch, span_length)`, like `attention_mask`.
             corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
             output_logits: Whether to return the language model logits and the contrasted embeddings.
@@ -882,15 +957,34 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
-            ValueError: If `labels`, `corrupted_input_ids` or the number of spans do not fit `input_ids`, or for what
-                [`CocoLMModel`] raises.
+            ValueError: If `labels`, `corrupted_input_ids` or the number of spans do not fit `input_ids`, if a text is
+                longer than the table of positions, or a token or label outside the vocabulary (checked on the CPU), and
+                for what [`CocoLMModel`] raises.
         """
         if attention_mask is None:
             attention_mask = self._not_padding(input_ids)
+        if not self.config.contrastive_loss_weight:
+            span_input_ids = None
+        if span_input_ids is not None and span_attention_mask is None:
+            span_attention_mask = self._not_padding(span_input_ids)
         tensors = {"attention_mask": attention_mask, "labels": labels, "corrupted_input_ids": corrupted_input_ids}
         for name, tensor in tensors.items():
             if tensor is not None:
                 _check_shape(name, tensor, input_ids.shape)
+        if span_input_ids is not None:
+            _check_shape("span_input_ids", span_input_ids, (input_ids.shape[0], *span_input_ids.shape[1:]))
+            _check_shape("span_attention_mask", span_attention_mask, span_input_ids.shape)
+        # Encoders of other families do not check it themselves.
+        tensors = {"The input": input_ids, "span_input_ids": span_input_ids, "corrupted_input_ids": corrupted_input_ids}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                _check_length(name, tensor.shape[-1], self.num_positions)
+                _check_token_ids(tensor, self.config.vocab_size, "input_ids" if tensor is input_ids else name)
+        if labels is not None:
+            _check_token_ids(labels.masked_fill(labels == -100, 0), self.config.vocab_size, "labels")
+        for name in ("output_hidden_states", "output_attentions"):
+            if self.config.main_config is not None and getattr(self.config, name):
+                kwargs.setdefault(name, True)
         if labels is None:
             corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
             main_output = self.cocolm(
@@ -944,10 +1038,7 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         loss = mlm_loss + self.config.copy_loss_weight * detection_loss + correction_loss
 
         embeddings = span_embeddings = None
-        if span_input_ids is not None and self.config.contrastive_loss_weight:
-            if span_attention_mask is None:
-                span_attention_mask = self._not_padding(span_input_ids)
-            _check_shape("span_input_ids", span_input_ids, (input_ids.shape[0], *span_input_ids.shape[1:]))
+        if span_input_ids is not None:
             span_output = self.cocolm(input_ids=span_input_ids, attention_mask=span_attention_mask, return_dict=True)
             embeddings = self.contrastive_head(hidden_states[:, 0])
             span_embeddings = self.contrastive_head(span_output.last_hidden_state[:, 0])
@@ -1028,9 +1119,11 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
     def _sample(self, auxiliary_logits, input_ids, attention_mask, is_masked) -> torch.Tensor:
         """One token for each masked position from the auxiliary network's distribution, `(masked,)`, int64."""
         if self.config.auxiliary_sampling == "eval" and self.auxiliary.training:
+            modes = {module: module.training for module in self.auxiliary.modules()}
             self.auxiliary.eval()
             auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
-            self.auxiliary.train()
+            for module, mode in modes.items():
+                module.training = mode
         probabilities = F.softmax(auxiliary_logits, dim=-1, dtype=torch.float32)
         return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
 
@@ -1071,13 +1164,8 @@ class CocoLMForMaskedLM(CocoLMPreTrainedModel):
         """
         outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            _check_shape("labels", labels, logits.shape[:2])
-            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        loss = None if labels is None else _labels_loss(logits, labels, **kwargs)
+        return MaskedLMOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class CocoLMClassificationHead(nn.Module):
@@ -1123,9 +1211,7 @@ class CocoLMForSequenceClassification(CocoLMPreTrainedModel):
         outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
         logits = self.classifier(outputs.last_hidden_state)
         loss = None if labels is None else self._loss(logits, labels, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
     def _loss(self, logits, labels, num_items_in_batch=None, **kwargs) -> torch.Tensor:
         problem = self.config.problem_type
@@ -1135,11 +1221,9 @@ class CocoLMForSequenceClassification(CocoLMPreTrainedModel):
             problem = "regression" if self.num_labels == 1 else problem
         if problem == "single_label_classification" or self.num_labels == 1:
             labels = labels.squeeze(-1) if labels.ndim == 2 else labels
-            _check_shape("labels", labels, logits.shape[:1])
-        else:
-            _check_shape("labels", labels, logits.shape)
         if problem == "single_label_classification":
-            return cross_entropy(logits, labels, num_items_in_batch)
+            return _labels_loss(logits, labels, num_items_in_batch=num_items_in_batch)
+        _check_shape("labels", labels, logits.shape[:1] if self.num_labels == 1 else logits.shape)
         elementwise = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
         loss = elementwise(logits.float().view_as(labels), labels.float(), reduction="sum")
         return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
@@ -1170,13 +1254,8 @@ class CocoLMForTokenClassification(CocoLMPreTrainedModel):
         """
         outputs = self.cocolm(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None
-        if labels is not None:
-            _check_shape("labels", labels, logits.shape[:2])
-            loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        loss = None if labels is None else _labels_loss(logits, labels, **kwargs)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class CocoLMForQuestionAnswering(CocoLMPreTrainedModel):
@@ -1225,13 +1304,7 @@ class CocoLMForQuestionAnswering(CocoLMPreTrainedModel):
                 if attention_mask is not None:
                     logits = logits.masked_fill(~attention_mask.bool(), PADDING_SCORE)
                 loss = loss + cross_entropy(logits, positions, **kwargs) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return QuestionAnsweringModelOutput(loss, start_logits, end_logits, outputs.hidden_states, outputs.attentions)
 
 
 class CocoLMForMultipleChoice(CocoLMPreTrainedModel):
@@ -1261,13 +1334,8 @@ class CocoLMForMultipleChoice(CocoLMPreTrainedModel):
         inputs = (None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds))
         outputs = self.cocolm(*inputs, return_dict=True, **kwargs)
         logits = self.classifier(outputs.last_hidden_state).view(-1, num_choices)
-        loss = None
-        if labels is not None:
-            _check_shape("labels", labels, logits.shape[:1])
-            loss = cross_entropy(logits, labels, **kwargs)
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        loss = None if labels is None else _labels_loss(logits, labels, **kwargs)
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 __all__ = [
