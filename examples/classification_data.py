@@ -1,9 +1,12 @@
 """Texts and labels: read from a data set, checked, and encoded as a model learns them."""
 
+import logging
 import math
 
 from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
@@ -32,6 +35,19 @@ def read_texts(rows: Dataset, split: str, columns: list[str]) -> Dataset:
                     f"Row {row} of the {split} data must have a text in column {column!r}, but has {text!r}."
                 )
     return rows.select_columns(columns)
+
+
+def labelled_rows(rows: Dataset, split: str, column: str) -> list[int]:
+    """The numbers of the rows to read: not of those whose class is -1, as where annotators of SNLI did not agree.
+
+    How many are left out is logged. A test split whose classes are all -1, which are held back, is read whole.
+    """
+    labels = rows[column][:] if class_label(rows, column) else []
+    if split.startswith("test") and all(label == -1 for label in labels):
+        return list(range(len(rows)))
+    if left := labels.count(-1):
+        logger.warning("%d of %d rows of the %s data are left out: their label is -1.", left, len(rows), split)
+    return [row for row in range(len(rows)) if not labels or labels[row] != -1]
 
 
 def read_labels(rows: Dataset, split: str, column: str) -> list | None:

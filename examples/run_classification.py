@@ -8,13 +8,13 @@
 
 Any model of AutoModelForSequenceClassification will do. What is learned is told from the labels, unless
 --problem_type says otherwise: numbers with a point mean regression, lists several labels for a text (the labels that it
-has, not a 0 or 1 for each), and anything else one label of several.
+has, not a 0 or 1 for each), and anything else one label of several. Rows whose class is -1, as in SNLI, are left out.
 
 Besides what all scripts leave in --output_dir (see `runs.py`), --do_predict writes there `predict_results.txt`: the
 index of each row of the test data and its label, its labels with commas between them, or its number.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ from classification_data import (
     class_label,
     class_names,
     encode_labels,
+    labelled_rows,
     read_labels,
     read_texts,
     set_names,
@@ -50,6 +51,7 @@ from runs import (
     FineTuningArguments,
     ModelArguments,
     OrderedTrainer,
+    check_run,
     finish,
     load_splits,
     parse_arguments,
@@ -75,14 +77,14 @@ class TextArguments(DataArguments):
         return [self.text_column] if self.text_pair_column is None else [self.text_column, self.text_pair_column]
 
 
-def decide(logits: np.ndarray, problem: str) -> np.ndarray:
+def predicted_labels(logits: np.ndarray, problem: str) -> np.ndarray:
     """What a model says, encoded as labels are: `(rows,)`, or `(rows, num_labels)` for several labels."""
     if problem == SINGLE:
         return logits.argmax(-1)
     return (logits > 0).astype(int) if problem == MULTI else logits.squeeze(-1)
 
 
-def measure(predictions: np.ndarray, labels: np.ndarray, problem: str) -> dict[str, float]:
+def measure_labels(predictions: np.ndarray, labels: np.ndarray, problem: str) -> dict[str, float]:
     """The metrics that go with a problem type. Correlations with a constant are 0 (our choice; they have no value)."""
     if problem == REGRESSION:
         varies = min(np.ptp(predictions), np.ptp(labels)) > 0
@@ -171,10 +173,10 @@ def save_metrics(trainer: Trainer, name: str, metrics: dict[str, float], rows: D
     trainer.save_metrics(name, metrics)
 
 
-def write_predictions(trainer: Trainer, file: str, title: str, predictions: list[str]):
+def write_predictions(trainer: Trainer, file: str, title: str, predictions: Iterable[tuple[int, str]]):
     """Writes a line with the index of each row and what is predicted for it, below a line of titles."""
     if trainer.is_world_process_zero():
-        lines = [f"index\t{title}", *(f"{index}\t{prediction}" for index, prediction in enumerate(predictions))]
+        lines = [f"index\t{title}", *(f"{index}\t{prediction}" for index, prediction in predictions)]
         (Path(trainer.args.output_dir) / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -183,8 +185,11 @@ def main():
         __doc__.splitlines()[0], ModelArguments, TextArguments, FineTuningArguments
     )
     wanted = wanted_splits(training)
+    check_run(training, checkpoint, data)
     set_seed(training.seed)
-    rows = load_splits(data, *wanted)
+    splits = load_splits(data, *wanted)
+    kept = {split: labelled_rows(splits[split], split, data.label_column) for split in wanted}
+    rows = {split: splits[split].select(kept[split]) for split in wanted}
     texts = {split: read_texts(rows[split], split, data.text_columns) for split in wanted}
     labels = {split: read_labels(rows[split], split, data.label_column) for split in wanted}
     config, trained, first = checkpoint.load_config(), training.do_train, wanted[0]
@@ -201,7 +206,7 @@ def main():
     labels = {split: some and encode_labels(some, split, problem, names) for split, some in labels.items()}
 
     def compute_metrics(output):
-        return measure(decide(output.predictions, problem), output.label_ids, problem)
+        return measure_labels(predicted_labels(output.predictions, problem), output.label_ids, problem)
 
     trainer, inputs = make_trainer(checkpoint, training, config, texts, labels, data.max_length, compute_metrics)
     if training.do_train:
@@ -211,14 +216,14 @@ def main():
     if training.do_predict:
         output = trainer.predict(inputs["test"], metric_key_prefix="predict")
         save_metrics(trainer, "predict", output.metrics, inputs["test"])
-        decisions = decide(output.predictions, problem)
+        decisions = predicted_labels(output.predictions, problem)
         if problem == REGRESSION:
             lines = [f"{number:.6g}" for number in decisions]
         elif problem == SINGLE:
             lines = [names[i] for i in decisions]
         else:
             lines = [",".join(name for name, has in zip(names, row, strict=True) if has) for row in decisions]
-        write_predictions(trainer, "predict_results.txt", "label", lines)
+        write_predictions(trainer, "predict_results.txt", "label", zip(kept["test"], lines, strict=True))
     finish(trainer, checkpoint, data, "text-classification")
 
 

@@ -33,7 +33,7 @@ from typing import Literal
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoModel, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModel, AutoTokenizer, TrainingArguments, set_seed
 
 from hf_paraphrase_lm import (
     CocoLMConfig,
@@ -41,6 +41,7 @@ from hf_paraphrase_lm import (
     CorrectiveLMTrainer,
     DataCollatorForCorrectiveLM,
     LogComponentLossesCallback,
+    NewMasksCallback,
     __version__,
     chunk_documents,
     train_tokenizer,
@@ -50,6 +51,7 @@ from runs import (
     DataArguments,
     ModelArguments,
     OrderedTrainer,
+    check_run,
     last_checkpoint,
     load_splits,
     parse_arguments,
@@ -126,22 +128,48 @@ def load_tokenizer(network: NetworkArguments, corpus: CorpusArguments, texts, fo
     """The tokenizer that is named, that of the checkpoint, or one trained on the texts, or earlier on those.
 
     Args:
-        folder: where the trained one is.
+        folder: where the trained one is. It allows texts as long as the model takes, which may be longer than those
+            of pre-training.
         is_to_train: whether this process is to train it, if none is named.
 
     Raises:
-        ValueError: there are no texts to train it on.
+        ValueError: there are no texts to train it on, or `--max_length` is above the model's positions.
     """
     if name := network.tokenizer_name or network.model_name_or_path:
         return ModelArguments(name).load_tokenizer()
     if texts is None:
         raise ValueError("Without --do_train there is no tokenizer. Give --model_name_or_path or --tokenizer_name.")
     if is_to_train:
+        overrides = parse_overrides(network.config_overrides) if network.config_overrides else {}
+        positions = overrides.get("max_position_embeddings", CocoLMConfig.max_position_embeddings)
+        check_length(corpus.max_length, positions)
         tokenizer = train_tokenizer(
-            texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=corpus.max_length
+            texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=positions
         )
         tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
+
+
+def check_length(length: int, positions: int):
+    """Raises a ValueError if texts of this length, in tokens, are too long for a model."""
+    if length > positions:
+        raise ValueError(
+            f"--max_length must be at most the model's max_position_embeddings ({positions}), but got {length}. Give a "
+            "smaller one or, for random weights, --config_overrides max_position_embeddings=..."
+        )
+
+
+def longest_text(corpus: CorpusArguments, tokenizer, model: CocoLMForPretraining) -> int:
+    """Tokens in the longest text: as many as `--max_length` and the tokenizer allow.
+
+    Raises:
+        ValueError: they are more than a network takes.
+    """
+    length = min(corpus.max_length, tokenizer.model_max_length)
+    for network in (model.base_model, model.auxiliary):
+        # Some networks of other families take any length.
+        check_length(length, getattr(network.config, "max_position_embeddings", length))
+    return length
 
 
 def parse_overrides(text: str) -> dict:
@@ -208,19 +236,6 @@ def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
 
 class PretrainingTrainer(OrderedTrainer, CorrectiveLMTrainer):
     """Leaves the model card to this script."""
-
-
-class NewMasksCallback(TrainerCallback):
-    """Masks and crops are other ones in every epoch, but those of a run that goes on are those of an unbroken one.
-
-    Random numbers of the whole process would not do: data is read ahead, and not read again.
-    """
-
-    def __init__(self, collator: DataCollatorForCorrectiveLM):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.seed = args.seed + int(state.epoch or 0)
 
 
 def evaluate(model: CocoLMForPretraining, texts, collator, batch_size: int) -> dict[str, float]:
@@ -290,6 +305,7 @@ def main():
         __doc__.splitlines()[0], NetworkArguments, CorpusArguments, PretrainingArguments
     )
     wanted = wanted_splits(training)
+    check_run(training, network, corpus)
     set_seed(training.seed)
     splits = load_splits(corpus, *wanted)
     resumed = last_checkpoint(Path(training.output_dir)) is not None
@@ -299,7 +315,7 @@ def main():
         texts = splits["train"] if training.do_train else None
         tokenizer = load_tokenizer(network, corpus, texts, Path(training.output_dir), is_to_train)
     model = load_model(network, tokenizer)
-    length = min(corpus.max_length, tokenizer.model_max_length)
+    length = longest_text(corpus, tokenizer, model)
     with training.main_process_first(desc="tokenizing"):
         chunks = {split: chunk_documents(splits[split], tokenizer, length, corpus.text_column) for split in wanted}
     collator = DataCollatorForCorrectiveLM(
@@ -333,7 +349,7 @@ def main():
             steps=trainer.state.global_step,
             sequences_per_step=training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
             num_processes=training.world_size,
-            resumed=resumed,
+            resumed=metrics["train_resumed"],
             name=trainer.hub_model_id,
         )
     if training.do_train and training.push_to_hub:

@@ -45,10 +45,11 @@ from run_cocolm_pretraining import (
     evaluate,
     load_model,
     load_tokenizer,
+    longest_text,
     save_main_encoder,
     write_model_card,
 )
-from runs import load_splits, parse_arguments
+from runs import load_splits, note_arguments, parse_arguments
 
 LOSSES = ("loss", "mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_loss")
 
@@ -199,15 +200,18 @@ def main():
     )
     # It would say at every checkpoint that shared weights are saved once.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    checkpoint = next(reversed(find_checkpoints(folder)), None)
+    note_arguments(checkpoint is not None, accelerator.is_main_process, args, network, corpus)
     set_seed(args.seed)
     splits = load_splits(corpus, "train")
-    checkpoint = next(reversed(find_checkpoints(folder)), None)
     with accelerator.local_main_process_first():
         # The tokens of a run that goes on stay as they are.
         is_to_train = accelerator.is_local_main_process and checkpoint is None
         tokenizer = load_tokenizer(network, corpus, splits["train"], folder, is_to_train)
-        length = min(corpus.max_length, tokenizer.model_max_length)
-        splits.pop("test", None)
+    model = load_model(network, tokenizer)
+    length = longest_text(corpus, tokenizer, model)
+    splits.pop("test", None)
+    with accelerator.local_main_process_first():
         chunks = {name: chunk_documents(split, tokenizer, length, corpus.text_column) for name, split in splits.items()}
     collator = DataCollatorForCorrectiveLM(
         tokenizer, corpus.mask_probability, corpus.span_ratio, whole_word_masking=corpus.whole_word_masking
@@ -219,7 +223,6 @@ def main():
     updates_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
     warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps)
-    model = load_model(network, tokenizer)
     optimizer = make_optimizer(model, args)
     scheduler = get_linear_schedule_with_warmup(optimizer, warmup, total)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -232,6 +235,7 @@ def main():
     set_seed(args.seed, device_specific=True)
     if checkpoint is None and accelerator.is_main_process:
         (folder / "log.jsonl").write_text("")
+        (folder / "all_results.json").unlink(missing_ok=True)
     step = start = last_log = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)
     losses, begin, stops = 0, time.time(), False
     bar = tqdm(total=total, initial=start, disable=args.disable_tqdm or not accelerator.is_main_process)
@@ -258,7 +262,13 @@ def main():
                 save_checkpoint(accelerator, folder, step)
             if stops:
                 break
-    metrics = {"train_runtime": time.time() - begin, "train_samples": len(chunks["train"])}
+    metrics = {"train_runtime": time.time() - begin, "train_resumed": checkpoint is not None}
+    metrics["train_samples"] = len(chunks["train"])
+    results = folder / "all_results.json"
+    if start >= total and results.is_file():
+        # The run was done already.
+        known = json.loads(results.read_text())
+        metrics = {name: known.get(name, value) for name, value in metrics.items()}
     if accelerator.is_main_process and not stops:
         model = accelerator.unwrap_model(model)
         if "validation" in chunks:
@@ -268,9 +278,9 @@ def main():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         save_main_encoder(model, tokenizer, folder)
-        (folder / "all_results.json").write_text(json.dumps(metrics, indent=4))
+        results.write_text(json.dumps(metrics, indent=4))
         batch, ranks = loader.total_batch_size * args.gradient_accumulation_steps, accelerator.num_processes
-        write_model_card(folder, model, network, corpus, metrics, step, batch, ranks, checkpoint is not None)
+        write_model_card(folder, model, network, corpus, metrics, step, batch, ranks, metrics["train_resumed"])
     accelerator.end_training()
     if stops:
         sentence = f"Interrupted at update {step}. The same command goes on from there."

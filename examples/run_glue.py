@@ -28,11 +28,12 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from transformers import set_seed
 
 from classification_data import REGRESSION, SINGLE, encode_labels, read_labels, read_texts, set_names
-from run_classification import decide, make_trainer, measure, save_metrics, write_predictions
+from run_classification import make_trainer, measure_labels, predicted_labels, save_metrics, write_predictions
 from runs import (
     DataArguments,
     FineTuningArguments,
     ModelArguments,
+    check_run,
     finish,
     load_splits,
     parse_arguments,
@@ -107,7 +108,7 @@ class GlueTrainingArguments(FineTuningArguments):
 def measure_task(task: str, predictions: np.ndarray, labels: np.ndarray, names: list[str]) -> dict[str, float]:
     """The metrics of GLUE (Wang et al. 2018, table 1): `predictions` and `labels` `(rows,)` are indices or scores."""
     if task == "stsb":
-        metrics = measure(predictions, labels, REGRESSION)
+        metrics = measure_labels(predictions, labels, REGRESSION)
         return {name: metrics[name] for name in ("pearson", "spearman")}
     if task == "cola":
         return {"matthews_correlation": float(matthews_corrcoef(labels, predictions))}
@@ -118,7 +119,7 @@ def measure_task(task: str, predictions: np.ndarray, labels: np.ndarray, names: 
     return metrics
 
 
-def lines(task: Task, decisions: np.ndarray, names: list[str]) -> list[str]:
+def submitted_predictions(task: Task, decisions: np.ndarray, names: list[str]) -> list[str]:
     """Decisions of a model as the benchmark wants them."""
     if not task.labels:
         return [f"{score:.3f}" for score in np.clip(decisions, 0, 5)]
@@ -142,6 +143,7 @@ def main():
     wanted, task = wanted_splits(training), TASKS[data.task_name]
     if data.task_name == "ax" and wanted != ["test"]:
         raise ValueError("The task ax has only test data: give --do_predict alone, and a model of the task mnli.")
+    check_run(training, checkpoint, data)
     set_seed(training.seed)
     splits = load_task(data, wanted)
     problem = SINGLE if task.labels else REGRESSION
@@ -160,7 +162,8 @@ def main():
             labels[split] = encode_labels(values, split, problem, names)
 
     def compute_metrics(output):
-        return measure_task(data.task_name, decide(output.predictions, problem), output.label_ids, names)
+        predictions = predicted_labels(output.predictions, problem)
+        return measure_task(data.task_name, predictions, output.label_ids, names)
 
     trainer, inputs = make_trainer(checkpoint, training, config, texts, labels, data.max_length, compute_metrics)
     if training.do_train:
@@ -173,7 +176,8 @@ def main():
             output = trainer.predict(inputs[split], metric_key_prefix=prefix)
             save_metrics(trainer, prefix, output.metrics, inputs[split])
             file = "MNLI-mm.tsv" if split == "test_mismatched" else task.file
-            write_predictions(trainer, file, "prediction", lines(task, decide(output.predictions, problem), names))
+            predictions = submitted_predictions(task, predicted_labels(output.predictions, problem), names)
+            write_predictions(trainer, file, "prediction", enumerate(predictions))
     finish(trainer, checkpoint, data, "text-classification")
 
 

@@ -33,10 +33,12 @@ from runs import (
     FineTuningArguments,
     ModelArguments,
     OrderedTrainer,
+    check_run,
     finish,
     load_splits,
     parse_arguments,
     train,
+    wanted_splits,
 )
 from squad_metrics import best_thresholds, squad_metrics
 from squad_windows import WINDOW_COLUMNS, find_answers, make_windows
@@ -73,7 +75,7 @@ def read_questions(rows: Dataset, split: str, version_2: bool, limit: int | None
         rows: as described at the top of this file.
         split: `train`, `validation` or `test`.
         version_2: whether questions may have no answer.
-        limit: use only the first so many.
+        limit: how many questions to use; None: all of them.
 
     Raises:
         ValueError: a column is missing or of another kind, a context is empty, two ids are the same, no question is
@@ -189,26 +191,28 @@ def prepare(examples: Dataset, split: str, tokenizer, data: QuestionArguments) -
     return windows.select(np.argsort(-lengths, kind="stable"))
 
 
-def choose(answers: list, odds: list[float], data: QuestionArguments) -> list[str]:
+def choose_answers(answers: list, odds: list[float], data: QuestionArguments) -> list[str]:
     """The answer to each question: its best text, or in version 2 an empty one if its null odds are too high."""
     threshold = data.null_score_diff_threshold if data.version_2_with_negative else np.inf
     return [texts[0][0] if odd <= threshold else "" for texts, odd in zip(answers, odds, strict=True)]
 
 
-def score(examples: Dataset, answers: list, odds: list[float], data: QuestionArguments) -> dict[str, float]:
+def score_answers(examples: Dataset, answers: list, odds: list[float], data: QuestionArguments) -> dict[str, float]:
     """Metrics of the chosen answers, in version 2 with the best that any threshold reaches; none without answers."""
     if "texts" not in examples.column_names:
         return {}
     right = examples["texts"][:]
-    metrics = squad_metrics(choose(answers, odds, data), right, data.version_2_with_negative)
+    metrics = squad_metrics(choose_answers(answers, odds, data), right, data.version_2_with_negative)
     if data.version_2_with_negative:
         metrics |= best_thresholds([texts[0][0] for texts in answers], odds, right)
     return metrics
 
 
-def write(folder: Path, prefix: str, examples: Dataset, answers: list, odds: list[float], data: QuestionArguments):
+def write_answers(
+    folder: Path, prefix: str, examples: Dataset, answers: list, odds: list[float], data: QuestionArguments
+):
     """Writes the predictions: the files are described at the top."""
-    files = {"predictions": choose(answers, odds, data), "nbest_predictions": []}
+    files = {"predictions": choose_answers(answers, odds, data), "nbest_predictions": []}
     for texts, odd in zip(answers, odds, strict=True):
         if data.version_2_with_negative:
             texts = sorted([*texts, ("", texts[0][1] + odd)], key=lambda item: -item[1])
@@ -228,22 +232,20 @@ def main():
     checkpoint, data, training = parse_arguments(
         __doc__.splitlines()[0], ModelArguments, QuestionArguments, FineTuningArguments
     )
-    wanted = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    wanted = [split for split in wanted if wanted[split]]
-    if not wanted:
-        raise ValueError("There is nothing to do. Give --do_train, --do_eval or --do_predict, or several of them.")
+    wanted = wanted_splits(training)
+    check_run(training, checkpoint, data)
     set_seed(training.seed)
     splits = load_splits(data, *wanted)
     tokenizer = checkpoint.load_tokenizer()
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
     examples = {
-        split: read_questions(splits[split], split, data.version_2_with_negative, limits[split]) for split in wanted
+        split: read_questions(splits[split], split, data.version_2_with_negative, data.max_samples(split))
+        for split in wanted
     }
     windows = {split: prepare(examples[split], split, tokenizer, data) for split in wanted}
     # The model's own columns.
     inputs = {split: w if split == "train" else w.remove_columns(WINDOW_COLUMNS) for split, w in windows.items()}
 
-    def find(split: str, logits: tuple) -> tuple:
+    def answers_of(split: str, logits: tuple) -> tuple:
         """Answers and null odds."""
         contexts = examples[split]["context"][:]
         return find_answers(contexts, windows[split], logits, data.n_best_size, data.max_answer_length)
@@ -255,7 +257,9 @@ def main():
         eval_dataset=inputs.get("validation"),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda output: score(examples["validation"], *find("validation", output.predictions), data),
+        compute_metrics=lambda output: score_answers(
+            examples["validation"], *answers_of("validation", output.predictions), data
+        ),
         # Some models return more than the logits of starts and ends.
         preprocess_logits_for_metrics=lambda logits, labels: logits[:2],
     )
@@ -266,13 +270,13 @@ def main():
     for split, name, prefix in (("validation", "eval", "eval_"), ("test", "predict", "")):
         if split in wanted:
             output = trainer.predict(inputs[split], metric_key_prefix=name)
-            answers, odds = find(split, output.predictions)
-            metrics = score(examples[split], answers, odds, data) | {"samples": len(examples[split])}
+            answers, odds = answers_of(split, output.predictions)
+            metrics = score_answers(examples[split], answers, odds, data) | {"samples": len(examples[split])}
             metrics = output.metrics | {f"{name}_{key}": value for key, value in metrics.items()}
             trainer.log_metrics(name, metrics)
             trainer.save_metrics(name, metrics)
             if trainer.is_world_process_zero():
-                write(Path(training.output_dir), prefix, examples[split], answers, odds, data)
+                write_answers(Path(training.output_dir), prefix, examples[split], answers, odds, data)
     finish(trainer, checkpoint, data, "question-answering")
 
 

@@ -5,15 +5,18 @@ Every script takes its arguments on the command line or from one JSON or YAML fi
     python examples/run_classification.py --help
     python examples/run_classification.py arguments.yaml
 
-Data comes from local files (CSV, TSV, JSON, JSON lines, Parquet, plain text) or from the Hub. A run started again with
-the same `--output_dir` goes on from its last checkpoint. It leaves there the model with its tokenizer,
-`all_results.json` and, once the script is done, a model card.
+Data comes from local files (CSV, TSV, JSON, JSON lines, Parquet, plain text) or from the Hub. In a TSV file quotation
+marks are part of the text. A run started again with the same `--output_dir` goes on from its last checkpoint, or does
+not train if it is done; its arguments are noted in `arguments.json`, and others that train otherwise are refused. It
+leaves there the model with its tokenizer, `all_results.json` and, once the script is done, a model card.
 """
 
+import csv
+import hashlib
 import json
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -29,6 +32,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -43,6 +47,16 @@ BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+# How the names of arguments begin that may be others when a run goes on: they say where it runs, and what it measures,
+# logs and saves, but not what it learns.
+CHANGEABLE = (
+    *("do_", "eval_", "log", "save_", "hub_", "push_to_hub", "report_to", "run_name", "project", "trackio"),
+    *("output_dir", "validation_", "test_", "max_eval_samples", "max_predict_samples", "per_device_eval_batch_size"),
+    *("n_best_size", "max_answer_length", "null_score_diff_threshold", "checkpointing_steps", "resume_from_checkpoint"),
+    *("num_beams", "generation_", "bleu_tokenizer"),
+    *("use_cpu", "attn_implementation", "trust_remote_code", "ddp_", "include_", "skip_memory_metrics", "disable_tqdm"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent", "_"),
+)
 CARD = """---
 {{ card_data }}
 ---
@@ -82,9 +96,14 @@ class DataArguments:
     )
     validation_file: str | None = field(default=None, metadata={"help": "data to evaluate on, of any of these kinds"})
     test_file: str | None = field(default=None, metadata={"help": "data to predict, with or without labels"})
-    max_train_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "use only the first so many"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "train on the first so many rows only"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "evaluate on the first so many rows only"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "predict the first so many rows only"})
+
+    def max_samples(self, split: str) -> int | None:
+        """How many rows of a split to use, of validation_matched as of validation; None: all of them."""
+        names = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+        return getattr(self, names.get(split.partition("_")[0], ""), None)
 
 
 @dataclass
@@ -210,8 +229,6 @@ def wanted_splits(training: TrainingArguments) -> list[str]:
 def load_splits(data: DataArguments, *needed: str) -> DatasetDict:
     """The splits of the data set, or one for each file: train, validation and test; `needed` must be there.
 
-    Of a split such as validation_matched, too, no more rows are taken than of validation.
-
     Raises:
         ValueError: neither a data set nor files are given, or both; a file is of another kind; a split is missing.
         FileNotFoundError: there is no such file.
@@ -233,10 +250,8 @@ def load_splits(data: DataArguments, *needed: str) -> DatasetDict:
     for split in needed:
         if split not in splits:
             raise ValueError(f"There is no split {split!r}, only {', '.join(splits)}.")
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
     for split in splits:
-        limit = limits.get(split.partition("_")[0])
-        if limit is not None:
+        if (limit := data.max_samples(split)) is not None:
             splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
     return splits
 
@@ -250,7 +265,9 @@ def load_file(file: Path):
     options = {}
     if BUILDERS[file.suffix] == "csv":
         # Only an empty cell has no value: "None", "null" and "NA" are words.
-        options = {"sep": "\t" if file.suffix == ".tsv" else ",", "keep_default_na": False, "na_values": [""]}
+        options = {"keep_default_na": False, "na_values": [""]}
+    if file.suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
     try:
         return load_dataset(BUILDERS[file.suffix], data_files=str(file), split="train", **options)
     except (DatasetGenerationError, StopIteration, ValueError) as error:
@@ -260,19 +277,91 @@ def load_file(file: Path):
         ) from error
 
 
+def check_run(training: TrainingArguments, *others):
+    """Before training, does what `note_arguments` does with these and the other arguments."""
+    if training.do_train:
+        goes_on = last_checkpoint(Path(training.output_dir)) is not None
+        note_arguments(goes_on, training.process_index == 0, training, *others)
+
+
+def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
+    """Writes the arguments of a run to `arguments.json` in its folder, or compares them with what is written there.
+
+    Args:
+        goes_on: whether the folder has a checkpoint, from which the run is to go on.
+        is_main_process: whether this process is to write.
+        arguments: dataclasses; names that begin as in `CHANGEABLE` are left out.
+
+    Raises:
+        ValueError: the run in this folder had other arguments, or another content of `--train_file`.
+    """
+    values = {each.name: getattr(some, each.name) for some in arguments for each in fields(some)}
+    folder = Path(values["output_dir"])
+    if values["train_file"] and Path(values["train_file"]).is_file():
+        with open(values["train_file"], "rb") as file:
+            values["train_file"] += f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+    values = {name: value for name, value in values.items() if not name.startswith(CHANGEABLE)}
+    text, file = json.dumps(values, indent=1, default=str), folder / "arguments.json"
+    if goes_on and file.is_file():
+        values, known = json.loads(text), json.loads(file.read_text(encoding="utf-8"))
+        other = [name for name in values if name in known and values[name] != known[name]]
+        if other:
+            changes = ", ".join(f"--{name} was {known[name]!r} and is {values[name]!r}" for name in other)
+            raise ValueError(
+                f"The run in {folder} had other arguments: {changes}. Give the same to go on with it, or another "
+                "--output_dir to start anew."
+            )
+    elif is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n", encoding="utf-8")
+
+
+def load_finished(trainer: Trainer, checkpoint: str) -> bool:
+    """Whether the run is done already; if so, the trainer gets its model and its state.
+
+    Its model is in the folder of the run or, if it was broken off while it was saved there, in the checkpoint.
+    """
+    for folder in (trainer.args.output_dir, checkpoint):
+        file = Path(folder) / "trainer_state.json"
+        if file.is_file() and (state := TrainerState.load_from_json(str(file))).global_step >= state.max_steps:
+            if folder == checkpoint and trainer.args.load_best_model_at_end:
+                folder = state.best_model_checkpoint or checkpoint
+            trainer.model.load_state_dict(trainer.model.from_pretrained(folder).state_dict())
+            trainer.state = state
+            return True
+    return False
+
+
 def train(trainer: Trainer) -> dict[str, float]:
     """Trains, goes on from the last whole checkpoint if there is one, and saves model, tokenizer, metrics and state.
 
-    At Ctrl-C a checkpoint is saved (unless `--save_strategy no`) and the script ends.
+    At Ctrl-C a checkpoint is saved (unless `--save_strategy no`) and the script ends. A run that is done is not trained
+    again, and its metrics of training stay; those of evaluation and prediction are removed, to be measured anew.
+
+    Returns:
+        the metrics of training; `train_resumed` says whether they are those since the run last went on.
     """
-    stop = StopOnInterruptCallback()
+    stop, folder = StopOnInterruptCallback(), Path(trainer.args.output_dir)
     trainer.add_callback(stop)
-    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(Path(trainer.args.output_dir))
-    if checkpoint is not None:
-        print(f"Going on from {checkpoint}. To start anew, give another --output_dir.", file=sys.stderr)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    if stop.interrupted:
-        sys.exit(f"Interrupted at update {trainer.state.global_step}. The same command goes on from there.")
+    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(folder)
+    metrics = {"train_runtime": 0.0, "train_resumed": checkpoint is not None}
+    results, state = folder / "train_results.json", folder / "trainer_state.json"
+    if checkpoint is not None and load_finished(trainer, checkpoint):
+        print(f"The run in {folder} is done. To start anew, give another --output_dir.", file=sys.stderr)
+        metrics |= json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    else:
+        if checkpoint is not None:
+            print(f"Going on from {checkpoint}. To start anew, give another --output_dir.", file=sys.stderr)
+        elif trainer.is_world_process_zero():
+            # Those of an earlier run would pass for this one's.
+            results.unlink(missing_ok=True)
+            state.unlink(missing_ok=True)
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if stop.interrupted:
+            sys.exit(f"Interrupted at update {trainer.state.global_step}. The same command goes on from there.")
+    if trainer.is_world_process_zero():
+        for file in folder.glob("*_results.json"):
+            file.unlink()
     metrics["train_samples"] = len(trainer.train_dataset)
     trainer.save_model()
     trainer.log_metrics("train", metrics)

@@ -1,5 +1,6 @@
 """Runs the scripts of `examples/` in this process, with tiny checkpoints."""
 
+import csv
 import importlib
 import json
 import sys
@@ -43,8 +44,10 @@ def write_rows(file, rows):
         rows.to_parquet(file)
     elif file.suffix == ".jsonl":
         rows.to_json(file)
+    elif file.suffix == ".tsv":
+        rows.to_csv(file, sep="\t", quoting=csv.QUOTE_NONE)
     else:
-        rows.to_csv(file, sep="\t" if file.suffix == ".tsv" else ",")
+        rows.to_csv(file)
     return file
 
 

@@ -158,8 +158,8 @@ def test_one_process_with_several_gpus_is_refused(tmp_path):
     with pytest.raises(ValueError) as caught:
         CorrectiveLMTrainer(CocoLMForPretraining(tiny_config()), arguments)
     assert str(caught.value) == (
-        "CorrectiveLMTrainer needs a process for each GPU, but this one has 2. Start the script with `accelerate launch "
-        "--num_processes 2`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        "CorrectiveLMTrainer needs a process for each GPU, but this one has 2. Start the script with `accelerate "
+        "launch --num_processes 2`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
     )
 
 

@@ -92,7 +92,7 @@ def test_classes(run, checkpoint, bert, family):
     assert {file.name for file in folder.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.bin"),
         *("train_results.json", "eval_results.json", "predict_results.json", "all_results.json", "trainer_state.json"),
-        *("predict_results.txt", "README.md"),
+        *("predict_results.txt", "README.md", "arguments.json"),
     }
     logits, config = logits_of(folder, [row["text"] for row in test])
     assert config.id2label == {0: "0", 1: "1"} and config.problem_type == "single_label_classification"
@@ -146,6 +146,23 @@ def test_classes_with_names_in_the_data(run, checkpoint):
     results = read_json(folder / "all_results.json")
     assert results["eval_accuracy"] == accuracy_score([0] * 4 + [1] * 3, predictions[:7]) > 0.8
     assert "predict_accuracy" not in results and "predict_loss" not in results
+
+
+def test_rows_without_a_class(run, caplog):
+    """As in SNLI: neither trained on nor measured, and those to predict keep their index."""
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    rows = [{"text": "of no kind", "label": -1}, *ROWS]
+    rows = Dataset.from_list(rows[:3] + rows[:1] + rows[3:], features=features)
+    folder = run(rows, rows, rows, num_train_epochs=25)
+    results = read_json(folder / "all_results.json")
+    assert [results[f"{split}_samples"] for split in ("train", "eval", "predict")] == [7, 7, 7]
+    assert results["eval_accuracy"] == results["predict_accuracy"] > 0.8
+    numbers = [1, 2, 4, 5, 6, 7, 8]
+    predictions = logits_of(folder, [rows[i]["text"] for i in numbers])[0].argmax(-1).tolist()
+    lines = [f"{i}\t{('bad', 'good')[label]}" for i, label in zip(numbers, predictions, strict=True)]
+    assert (folder / "predict_results.txt").read_text().splitlines()[1:] == lines
+    for split in ("train", "validation", "test"):
+        assert f"2 of 9 rows of the {split} data are left out: their label is -1." in caplog.messages
 
 
 def test_a_model_without_names_of_classes(run, checkpoint, tmp_path):
@@ -244,7 +261,7 @@ def test_an_interrupted_run_goes_on(run, monkeypatch, tmp_path, capsys):
         run(ROWS, **settings)
     assert error.value.code == "Interrupted at update 4. The same command goes on from there."
     folder = tmp_path / "out"
-    assert {file.name for file in folder.iterdir()} == {"checkpoint-4"}
+    assert {file.name for file in folder.iterdir()} == {"checkpoint-4", "arguments.json"}
     # A later checkpoint that was not written to its end is passed over.
     (folder / "checkpoint-8").mkdir()
     (folder / "checkpoint-8" / "model.safetensors").write_bytes(b"")
@@ -253,6 +270,44 @@ def test_an_interrupted_run_goes_on(run, monkeypatch, tmp_path, capsys):
     assert f"Going on from {folder / 'checkpoint-4'}." in capsys.readouterr().err
     assert weights_equal(whole, folder)
     assert read_json(folder / "trainer_state.json")["global_step"] == 9
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 2}, {"num_train_epochs": 2}, {"max_steps": 4, "save_steps": 3}])
+def test_a_run_that_is_done_is_not_trained_again(run, monkeypatch, capsys, settings):
+    """Also in the middle of an epoch, or broken off after its last checkpoint; other arguments are refused."""
+    settings = {"per_device_train_batch_size": 3, "save_strategy": "steps", "lr_scheduler_type": "constant"} | settings
+    folder = run(ROWS, ROWS, ROWS, **settings)
+    weights, results = load_file(folder / "model.safetensors"), read_json(folder / "all_results.json")
+    state = read_json(folder / "trainer_state.json")
+    monkeypatch.setattr(Trainer, "train", None)
+    for crashed in (False, True):
+        if crashed:
+            for name in ("model.safetensors", "train_results.json", "trainer_state.json"):
+                (folder / name).unlink()
+        run(ROWS, ROWS, **settings)
+        assert f"The run in {folder} is done." in capsys.readouterr().err
+        again = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+        assert read_json(folder / "trainer_state.json")["global_step"] == state["global_step"]
+        now = read_json(folder / "all_results.json")
+        assert now["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+        # What this command did not measure is not in its results.
+        assert not [name for name in now if name.startswith("predict_")]
+        assert "| predict_" not in (folder / "README.md").read_text() and not (folder / "predict_results.json").exists()
+        if not crashed:
+            assert {name: value for name, value in results.items() if name.startswith("train_")}.items() <= now.items()
+    with pytest.raises(ValueError, match="had other arguments: --seed was 42 and is 7"):
+        run(ROWS, ROWS, seed=7, **settings)
+
+
+def test_a_new_run_in_an_old_folder(run):
+    """Without a checkpoint it starts anew, and leaves no results of the other one."""
+    folder = run(ROWS, ROWS, ROWS, max_steps=2)
+    run(ROWS, max_steps=1, seed=7)
+    results = read_json(folder / "all_results.json")
+    assert not [name for name in results if name.startswith(("eval_", "predict_"))]
+    assert read_json(folder / "trainer_state.json")["global_step"] == 1
+    assert "| eval_" not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("family", ["cocolm", "bert"])
@@ -281,24 +336,21 @@ def test_gradient_accumulation_changes_nothing(run, checkpoint, bert, tmp_path, 
         torch.testing.assert_close(one[name], four[name], rtol=1e-5, atol=1e-6)
 
 
-def test_the_best_checkpoint_is_kept(run):
+def test_the_best_checkpoint_is_kept(run, monkeypatch):
     """The learning rate is too high, so the first epoch is the best."""
-    folder = run(
-        ROWS,
-        ROWS,
-        num_train_epochs=3,
-        learning_rate=10,
-        warmup_steps=0,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
-        save_total_limit=1,
-    )
+    settings = {"num_train_epochs": 3, "learning_rate": 10, "warmup_steps": 0, "save_total_limit": 1}
+    settings |= {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    folder = run(ROWS, ROWS, metric_for_best_model="accuracy", **settings)
     state = read_json(folder / "trainer_state.json")
     accuracies = [log["eval_accuracy"] for log in state["log_history"] if "eval_accuracy" in log]
     assert state["best_metric"] == max(accuracies) == read_json(folder / "eval_results.json")["eval_accuracy"]
-    assert weights_equal(folder, folder / os.path.basename(state["best_model_checkpoint"]))
+    best = folder / os.path.basename(state["best_model_checkpoint"])
+    assert weights_equal(folder, best)
+    # It is the only one left, and not the last; the run is done nevertheless.
+    assert list(folder.glob("checkpoint-*")) == [best] and state["global_step"] == 3
+    monkeypatch.setattr(Trainer, "train", None)
+    run(ROWS, ROWS, metric_for_best_model="accuracy", **settings)
+    assert weights_equal(folder, best)
 
 
 def test_random_weights_and_another_head(run, checkpoint, tmp_path):
@@ -404,8 +456,6 @@ def test_labels_that_do_not_do(run):
     gap = [*ROWS, {"text": "fine", "label": None}]
     sentence = "Row 7 of the train data has no label in column 'label'. Leave such rows out."
     refused(run, sentence, gap)
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
-    refused(run, sentence, Dataset.from_list([*ROWS, {"text": "fine", "label": -1}], features=features))
     sentence = "Row 2 of the {} data has the label '2', but the model only knows '0', '1'."
     other = [*ROWS[:2], {"text": "fine", "label": 2}]
     refused(run, sentence.format("validation"), ROWS, other)
@@ -428,6 +478,7 @@ def test_labels_that_do_not_do(run):
 def test_measure_without_variation(script):
     """Correlations of a constant, classes that nobody names: numbers, and no warnings."""
     constant, labels = np.ones(3), np.array([1.0, 2.0, 4.0])
-    assert script.measure(constant, labels, "regression") == {"pearson": 0, "spearman": 0, "mse": pytest.approx(10 / 3)}
+    metrics = {"pearson": 0, "spearman": 0, "mse": pytest.approx(10 / 3)}
+    assert script.measure_labels(constant, labels, "regression") == metrics
     nothing = np.zeros((2, 3), int)
-    assert script.measure(nothing, nothing, "multi_label_classification") == {"micro_f1": 0, "macro_f1": 0}
+    assert script.measure_labels(nothing, nothing, "multi_label_classification") == {"micro_f1": 0, "macro_f1": 0}

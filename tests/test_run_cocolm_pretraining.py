@@ -124,10 +124,12 @@ def test_from_random_weights(run, kind):
     assert {file.name for file in folder.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "training_args.bin"),
         *("train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"),
-        *("checkpoint-15", "checkpoint-30"),
+        *("checkpoint-15", "checkpoint-30", "arguments.json"),
     }
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForPreTraining.from_pretrained(folder)
-    assert model.config.vocab_size == len(tokenizer) <= 300 and tokenizer.model_max_length == 64
+    assert model.config.vocab_size == len(tokenizer) <= 300
+    # Fine-tuning may use longer texts.
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 512
     assert {name: getattr(model.config, name) for name in SIZES} == SIZES
     results = read_json(folder / "all_results.json")
     expected = {f"eval_{name}": value for name, value in metrics_of(folder, held_out).items()}
@@ -175,6 +177,24 @@ def test_an_interrupted_run_goes_on(run, script, monkeypatch, tmp_path, capsys):
     assert (folder / "tokenizer.json").read_bytes() == (whole / "tokenizer.json").read_bytes()
     assert "h since it last went on |" in (folder / "README.md").read_text()
     assert "since it last" not in (whole / "README.md").read_text()
+
+
+def test_a_run_that_is_done_is_not_trained_again(run, monkeypatch):
+    """In the middle of an epoch: weights, duration and results stay; another corpus is refused."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "lr_scheduler_type": "constant"}
+    folder = run(TEXTS, TEXTS, **settings)
+    model, results = AutoModelForPreTraining.from_pretrained(folder), read_json(folder / "all_results.json")
+    monkeypatch.setattr(Trainer, "train", None)
+    run(TEXTS, TEXTS, **settings)
+    assert same_weights(AutoModelForPreTraining.from_pretrained(folder), model)
+    assert read_json(folder / "all_results.json") == pytest.approx(results, rel=1e-5)
+    card = (folder / "README.md").read_text()
+    assert "since it last went on" not in card and "| steps | 4 |" in card
+    run(TEXTS, **settings)
+    assert "| eval_" not in (folder / "README.md").read_text()
+    assert "eval_" not in (folder / "all_results.json").read_text()
+    with pytest.raises(ValueError, match="had other arguments: --train_file was"):
+        run(TEXTS[1:], **settings)
 
 
 def test_a_new_run_has_a_new_tokenizer(run):
@@ -432,11 +452,17 @@ def refused(run, sentence, *texts, error=ValueError, **arguments):
         run(*texts, **arguments)
 
 
-def test_settings_that_do_not_do(run, script):
+def test_settings_that_do_not_do(run, tmp_path):
     fields = f"The fields are {', '.join(CocoLMConfig.__annotations__)}."
     start = "--config_overrides must be fields of CocoLMConfig with their values, such as hidden_size=256, but has "
     refused(run, f"{start}'hidden=32'. {fields}", TEXTS, config_overrides="num_hidden_layers=2,hidden=32")
     refused(run, f"{start}'hidden_size'. {fields}", TEXTS, config_overrides="hidden_size")
+    sentence = "--max_length must be at most the model's max_position_embeddings ({}), but got {}. Give a smaller one "
+    sentence += "or, for random weights, --config_overrides max_position_embeddings=..."
+    refused(run, sentence.format(512, 513), TEXTS, max_length=513)
+    short = {"config_overrides": f"{OVERRIDES},max_position_embeddings=32"}
+    refused(run, sentence.format(32, 64), TEXTS, **short)
+    refused(run, sentence.format(32, 64), TEXTS, tokenizer_name=run(TEXTS), output_dir=tmp_path / "other", **short)
     # Told at once, not at the first save.
     for text, words in (
         ("auxiliary_sampling=mean", "auxiliary_sampling must be one of"),

@@ -120,7 +120,7 @@ def test_learns_and_writes_everything(run, tmp_path):
     )
     assert names(folder) == {
         *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"),
-        *("all_results.json", "log.jsonl", "step_50", "step_61"),
+        *("all_results.json", "arguments.json", "log.jsonl", "step_50", "step_61"),
     }
     log = read_log(folder)
     assert [line["step"] for line in log] == [10, 20, 25, 30, 40, 50, 60, 61]
@@ -240,10 +240,10 @@ def test_goes_on_as_if_unbroken(run, script, tmp_path, monkeypatch, workers):
     assert ended.code == f"Interrupted at update {stop}. The same command goes on from there."
     assert f"step_{stop}" in names(tmp_path / "out") and "all_results.json" not in names(tmp_path / "out")
     broken_run(OSError, 1, lambda: monkeypatch.setattr(Accelerator, "save_state", half_save))
-    assert names(tmp_path / "out") == {f"step_{stop}", "unfinished", "log.jsonl"}
+    assert names(tmp_path / "out") == {f"step_{stop}", "unfinished", "arguments.json", "log.jsonl"}
     monkeypatch.setattr(Accelerator, "save_state", save_state)
     broken_run(OSError, 6 - stop, crash)
-    assert names(tmp_path / "out") == {f"step_{stop}", "step_3", "log.jsonl"}
+    assert names(tmp_path / "out") == {f"step_{stop}", "step_3", "arguments.json", "log.jsonl"}
 
     broken = run(**settings)
     assert (
@@ -251,7 +251,7 @@ def test_goes_on_as_if_unbroken(run, script, tmp_path, monkeypatch, workers):
         == names(unbroken)
         == {
             *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"),
-            *("all_results.json", "log.jsonl", "step_6", "step_8"),
+            *("all_results.json", "arguments.json", "log.jsonl", "step_6", "step_8"),
         }
     )
     expected, weights = load_file(unbroken / "model.safetensors"), load_file(broken / "model.safetensors")
@@ -260,8 +260,13 @@ def test_goes_on_as_if_unbroken(run, script, tmp_path, monkeypatch, workers):
     assert read_log(broken) == read_log(unbroken)
     # What is done is not done again.
     monkeypatch.setattr(script, "train_step", None)
+    results = read_json(broken / "all_results.json")
     assert "since it last went on" in (run(**settings) / "README.md").read_text(encoding="utf-8")
-    assert read_log(broken) == read_log(unbroken)
+    assert read_log(broken) == read_log(unbroken) and read_json(broken / "all_results.json") == results
+    run(**settings | {"output_dir": unbroken})
+    assert "since it last went on" not in (unbroken / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="had other arguments: --learning_rate was "):
+        run(**settings, learning_rate=0.1)
 
 
 def test_second_interrupt_stops_at_once(run, script, monkeypatch, capsys):
@@ -382,7 +387,7 @@ def test_ranks_are_one(run, run_python, script, monkeypatch, repository, tmp_pat
         "start anew."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        run(**settings | {"output_dir": two})
+        run(**settings | {"output_dir": two, "per_device_train_batch_size": 2})
     assert len(read_log(two)) == 4
 
 

@@ -137,7 +137,13 @@ def test_a_task(run, task):
 
 def test_scores_are_cut(script):
     scores = np.array([-0.2, 0.0004, 2.71828, 5.0004, 7.0])
-    assert script.lines(script.TASKS["stsb"], scores, ["score"]) == ["0.000", "0.000", "2.718", "5.000", "5.000"]
+    assert script.submitted_predictions(script.TASKS["stsb"], scores, ["score"]) == [
+        "0.000",
+        "0.000",
+        "2.718",
+        "5.000",
+        "5.000",
+    ]
 
 
 def test_both_genres_and_the_diagnostic_data(run, checkpoint, tmp_path):
@@ -175,7 +181,13 @@ def test_metrics_with_classes_in_another_order(script):
     metrics = script.measure_task("mrpc", predictions, labels, ["equivalent", "not_equivalent"])
     assert metrics == {"accuracy": 0.6, "f1": f1_score(labels, predictions, pos_label=0)}
     wnli = script.TASKS["wnli"]
-    assert script.lines(wnli, predictions, ["entailment", "not_entailment"]) == ["1", "0", "1", "1", "0"]
+    assert script.submitted_predictions(wnli, predictions, ["entailment", "not_entailment"]) == [
+        "1",
+        "0",
+        "1",
+        "1",
+        "0",
+    ]
 
 
 def test_columns_of_other_names(run):

@@ -1,5 +1,6 @@
 """examples/runs.py: arguments, files of data, checkpoints to go on from, models to start from, and the model card."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -140,13 +141,22 @@ def test_files(runs, tmp_path, kind):
     """Each with columns of its own; only an empty cell is no value."""
     words = [
         {"text": "None", "label": "NA"},
-        {"text": 'null, "nan"\tand', "label": "n/a"},
+        {"text": '"null, "nan"', "label": "n/a"},
+        {"text": 'a" and', "label": "b"},
         {"text": "a", "label": None},
     ]
     train, test = write_rows(tmp_path / f"train.{kind}", words), write_rows(tmp_path / f"test.{kind}", ROWS)
     splits = runs.load_splits(runs.DataArguments(train_file=str(train), test_file=str(test), max_predict_samples=2))
     assert splits["train"].to_list() == words and splits["test"].to_list() == ROWS[:2]
     assert list(splits) == ["train", "test"]
+
+
+def test_quotation_marks_in_tsv(runs, tmp_path):
+    """Each line is a row, as in the files of GLUE: a quotation mark is a part of the text like any other."""
+    texts = ['"she said', "fine", 'he left"', '"whole"', '""']
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts))
+    splits = runs.load_splits(runs.DataArguments(train_file=str(tmp_path / "a.tsv")))
+    assert splits["train"]["text"][:] == texts
 
 
 def test_other_files(runs, tmp_path):
@@ -214,6 +224,44 @@ def test_last_checkpoint(runs, tmp_path):
         if name != "checkpoint-2000":
             (tmp_path / name / "trainer_state.json").write_text("{}")
     assert runs.last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")
+
+
+def test_arguments_of_a_run(runs, tmp_path):
+    """A run goes on only with the arguments and the training data that it had, but may measure and log otherwise."""
+    folder, (train, other) = tmp_path / "out", (tmp_path / name for name in ("train.txt", "other.txt"))
+    for file in (train, other):
+        file.write_text("one\n")
+
+    def check(goes_on=True, data=None, **settings):
+        settings = {"output_dir": str(folder), "use_cpu": True} | settings
+        data = {"train_file": str(train)} | (data or {})
+        arguments = TrainingArguments(**settings), runs.ModelArguments("m"), runs.DataArguments(**data)
+        runs.note_arguments(goes_on, True, *arguments)
+
+    def refuse(changes, **settings):
+        end = " Give the same to go on with it, or another --output_dir to start anew."
+        sentence = f"The run in {folder} had other arguments: {changes}.{end}"
+        with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
+            check(**settings)
+
+    check(seed=1, learning_rate=1e-3, hub_token="secret")
+    known = json.loads((folder / "arguments.json").read_text())
+    assert known["seed"] == 1 and known["model_name_or_path"] == "m" and "secret" not in str(known)
+    same = {"seed": 1, "learning_rate": 1e-3}
+    check(**same, do_eval=True, save_steps=3, logging_steps=7, data={"validation_file": "v.txt", "max_eval_samples": 4})
+    refuse("--seed was 1 and is 2", **same | {"seed": 2})
+    changes = "--max_steps was -1 and is 3, --learning_rate was 0.001 and is 0.01"
+    refuse(changes, seed=1, learning_rate=0.01, max_steps=3)
+    digest = hashlib.sha256(b"one\n").hexdigest()
+    changes = f"--train_file was '{train} (SHA-256 {digest})' and is '{other} (SHA-256 {digest})'"
+    refuse(changes, **same, data={"train_file": str(other)})
+    train.write_text("two\n")
+    now = hashlib.sha256(b"two\n").hexdigest()
+    refuse(f"--train_file was '{train} (SHA-256 {digest})' and is '{train} (SHA-256 {now})'", **same)
+    assert json.loads((folder / "arguments.json").read_text()) == known
+    # Without a checkpoint, a new run.
+    check(goes_on=False, seed=2)
+    assert json.loads((folder / "arguments.json").read_text())["seed"] == 2
 
 
 # Models to start from

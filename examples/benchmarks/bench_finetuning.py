@@ -3,8 +3,12 @@
     python examples/benchmarks/bench_finetuning.py --checkpoint runs/cocolm-small --data data --seeds 0 1 2
 
 `--data` holds a folder for each task with train.parquet, validation.parquet and test.parquet. Every run is one command
-of run_classification.py or run_qa.py, with the same settings for both; it is printed first, and left out if its results
-are there already. The table at the end is of the test data: mean and standard deviation over the seeds.
+of run_classification.py or run_qa.py, with the same settings for both; it is printed first, and left out if results of
+the same command and the same weights are there already. The table at the end is of the test data: mean and standard
+deviation over the seeds.
+
+Random weights are those that the configuration draws, as in a model that nobody trained. A checkpoint that began with
+--attend_to_neighbors has besides its training the preference for near tokens, which random weights here have not.
 """
 
 import argparse
@@ -57,9 +61,17 @@ def main():
             for is_random in (False, True):
                 output = args.output / f"{'random' if is_random else 'pretrained'}-{task}-{seed}"
                 results = output / "all_results.json"
-                if not results.exists() or f"predict_{TASKS[task][1]}" not in json.loads(results.read_text()):
-                    run = command(args, task, is_random, seed, output)
+                run, note = command(args, task, is_random, seed, output), output / "command.txt"
+                # Other weights may have come to the same folder.
+                weights = [f"{file.name} {file.stat().st_mtime_ns}" for file in args.checkpoint.glob("*.safetensors")]
+                text = "\n".join([shlex.join(run), *sorted(weights)])
+                if not (
+                    results.exists() and note.exists() and note.read_text() == text
+                ) or f"predict_{TASKS[task][1]}" not in json.loads(results.read_text()):
                     print(shlex.join(run), flush=True)
+                    output.mkdir(parents=True, exist_ok=True)
+                    results.unlink(missing_ok=True)
+                    note.write_text(text)
                     subprocess.run(run, check=True)
                 score = json.loads(results.read_text())[f"predict_{TASKS[task][1]}"]
                 # Accuracies are shares, F1 of answers is in percent.
