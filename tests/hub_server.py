@@ -1,4 +1,4 @@
-"""A Hub on the loopback interface that knows as much of the protocol as pushing and loading a model need.
+"""A Hub on the loopback interface that knows as much of the protocol as pushing and loading a model or a data set need.
 
 Files are kept in memory, every commit is a whole snapshot, uploads are asked for in "regular" mode (no LFS, no Xet).
 """
@@ -13,10 +13,15 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_loopback"
+# Kind and name of a repository, in a pattern.
+API = "/api/(models|datasets)/([^/]+/[^/]+)"
 
 
 class HubServer(ThreadingHTTPServer):
-    """`repositories[repo_id]` is `{"branches": {name: oid}, "commits": {oid: {path: bytes}}, "private": bool}`."""
+    """`repositories[repo_id]` is `{"branches": {name: oid}, "commits": {oid: {path: bytes}}, "private": bool}`.
+
+    A data set's repo_id begins with "datasets/", as in its address.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -49,7 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"error": "Unauthorized"}, 401)
         elif path == "/api/repos/create":
             request = json.loads(body)
-            repo_id = f"{request.get('organization') or 'user'}/{request['name']}"
+            name = f"{request.get('organization') or 'user'}/{request['name']}"
+            repo_id = f"datasets/{name}" if request.get("type") == "dataset" else name
             exists = repo_id in self.server.repositories
             if not exists:
                 private = request.get("visibility") == "private" or request.get("private", False)
@@ -58,46 +64,46 @@ class _Handler(BaseHTTPRequestHandler):
             self.answer({"url": f"{self.server.endpoint}/{repo_id}"}, 409 if exists else 200)
         elif path == "/api/validate-yaml":
             self.answer({"errors": [], "warnings": []})
-        elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/branch/(.+)", path):
-            branches = self.server.repositories[match[1]]["branches"]
-            exists = match[2] in branches
-            branches.setdefault(match[2], branches["main"])
+        elif match := re.fullmatch(f"{API}/branch/(.+)", path):
+            branches = self.server.repositories[repository_of(match)]["branches"]
+            exists = match[3] in branches
+            branches.setdefault(match[3], branches["main"])
             self.answer({}, 409 if exists else 200)
-        elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/preupload/(.+)", path):
+        elif match := re.fullmatch(f"{API}/preupload/(.+)", path):
             names = [file["path"] for file in json.loads(body)["files"]]
             modes = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
             self.answer({"files": modes})
-        elif match := re.fullmatch("/api/models/([^/]+/[^/]+)/commit/(.+)", path):
-            files = dict(self.server.files(match[1], match[2]))
+        elif match := re.fullmatch(f"{API}/commit/(.+)", path):
+            files = dict(self.server.files(repository_of(match), match[3]))
             for operation in map(json.loads, body.splitlines()):
                 value = operation["value"]
                 if operation["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif operation["key"] == "deletedFile":
                     del files[value["path"]]
-            oid = self.server.commit(match[1], match[2], files)
-            self.answer({"commitUrl": f"{self.server.endpoint}/{match[1]}/commit/{oid}", "commitOid": oid})
+            oid = self.server.commit(repository_of(match), match[3], files)
+            self.answer({"commitUrl": f"{self.server.endpoint}/{repository_of(match)}/commit/{oid}", "commitOid": oid})
         else:
             self.answer({"error": f"unknown endpoint {path}"}, 404)
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         patterns = {
-            "file": "/([^/]+/[^/]+)/resolve/([^/]+)/(.+)",
-            "tree": "/api/models/([^/]+/[^/]+)/tree/([^/]+)/?(.*)",
-            "info": "/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?()",
+            "file": "/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)",
+            "tree": f"{API}/tree/([^/]+)/?(.*)",
+            "info": f"{API}(?:/revision/([^/]+))?()",
         }
         kind, match = next(((k, m) for k, p in patterns.items() if (m := re.fullmatch(p, path))), (None, None))
-        if match is None or match[1] not in self.server.repositories:
+        if match is None or repository_of(match) not in self.server.repositories:
             return self.answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
-        repo_id, revision, name = match[1], match[2] or "main", match[3]
+        repo_id, revision, name = repository_of(match), match[3] or "main", match[4]
         repository = self.server.repositories[repo_id]
         oid = repository["branches"].get(revision, revision)
         if oid not in repository["commits"]:
             return self.answer({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
         files = repository["commits"][oid]
         if kind == "info":
-            return self.answer({"id": repo_id, "sha": oid, "siblings": [{"rfilename": file} for file in files]})
+            return self.answer({"id": match[2], "sha": oid, "siblings": [{"rfilename": file} for file in files]})
         if kind == "tree" and (names := [file for file in files if file.startswith(name)]):
             rows = [{"type": "file", "path": n, "size": len(files[n]), "oid": blob_id(files[n])} for n in names]
             return self.answer(rows)
@@ -117,6 +123,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def repository_of(match):
+    """The repo_id of an address, from its kind and name."""
+    return f"datasets/{match[2]}" if match[1] in ("datasets", "datasets/") else match[2]
 
 
 def blob_id(content):

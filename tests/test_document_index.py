@@ -196,6 +196,92 @@ def test_save_and_load(tmp_path, network, vectors, factory):
     assert written == {".json", ".arrow", ".faiss"}
 
 
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF4,Flat", "IVF4,SQ8", "HNSW4", "PCA4,Flat"])
+def test_vectors_left_on_the_disk(tmp_path, network, vectors, factory):
+    index = DocumentIndex.build(row_documents(N), network, PAD, factory=factory, progress=False)
+    index.save(tmp_path / "index")
+    mapped = DocumentIndex.load(tmp_path / "index", memory_map=True)
+    for found, expected in zip(mapped.search(vectors, 3), index.search(vectors, 3), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    if factory == "Flat":
+        assert (
+            not mapped.faiss_index.codes.is_owned and DocumentIndex.load(tmp_path / "index").faiss_index.codes.is_owned
+        )
+    # A newer index takes the place of the file that this one reads; what is mapped can be saved again.
+    DocumentIndex.build(row_documents(20), network, PAD, progress=False).save(tmp_path / "index")
+    np.testing.assert_array_equal(mapped.search(vectors, 3)[1], index.search(vectors, 3)[1])
+    mapped.save(tmp_path / "index")
+    np.testing.assert_array_equal(
+        DocumentIndex.load(tmp_path / "index").search(vectors, 3)[1], index.search(vectors, 3)[1]
+    )
+
+
+def test_loading_without_the_hashes_compares_sizes(tmp_path, index):
+    index.save(tmp_path)
+    (path,) = tmp_path.rglob("vectors.faiss")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert len(DocumentIndex.load(tmp_path, memory_map=True, verify=False)) == N
+    with pytest.raises(ValueError, match="is damaged"):
+        DocumentIndex.load(tmp_path, memory_map=True)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="is damaged"):
+        DocumentIndex.load(tmp_path, memory_map=True, verify=False)
+
+
+def naive_recall(index, vectors, queries, k, exclude=None):
+    """Share of the documents of an exact search that the index has in its first k, with one loop a query."""
+    hits = 0
+    for i, query in enumerate(queries):
+        own = set() if exclude is None else set(exclude[i].tolist())
+        _, found = index.faiss_index.search(query[None], k + len(own))
+        found = [row for row in found[0].tolist() if row >= 0 and row not in own][:k]
+        expected = sorted((row for row in range(N) if row not in own), key=lambda row: -(query @ vectors[row]))[:k]
+        hits += len(set(found) & set(expected))
+    return hits / (len(queries) * k)
+
+
+@pytest.mark.parametrize("factory", ["IVF8,Flat", "IVF8,SQ4", "PQ4x3", "IVF4,PQ2x4fs"])
+@pytest.mark.parametrize("exclude", [None, np.arange(30)[:, None], np.stack([np.arange(30), [-1] * 30], axis=1)])
+def test_recall_against_a_naive_loop(network, vectors, monkeypatch, factory, exclude):
+    monkeypatch.setattr("hf_paraphrase_lm.retrieval.document_index.BATCHES_PER_BLOCK", 2)
+    index = DocumentIndex.build(row_documents(N), network, PAD, factory=factory, progress=False)
+    recall = index.recall(vectors[:30], 7, exclude, network, PAD, batch_size=5, progress=False)
+    assert recall == pytest.approx(naive_recall(index, vectors, vectors[:30], 7, exclude))
+    assert 0 < recall < 1
+    if factory == "IVF8,Flat":
+        assert index.recall(vectors[:30], 7, exclude, batch_size=5, progress=False) == recall
+        index.faiss_index.nprobe = 8
+        assert index.recall(torch.from_numpy(vectors[:30]), 7, exclude, progress=False) == 1
+
+
+def test_recall_with_equal_documents_is_one(network):
+    documents = make_documents([[7, 9]] * 20 + [[8, 9]] * 20)
+    index = DocumentIndex.build(documents, network, PAD, progress=False)
+    queries = network.vectors.weight[7:9].detach()
+    assert index.recall(queries, 5, progress=False) == 1
+    assert index.recall(queries, 5, embedder=network, pad_token_id=PAD, progress=False) == 1
+
+
+def test_recall_shows_a_bar(index, vectors, capfd):
+    index.recall(vectors[:4], 2)
+    assert "exact search: 100%" in capfd.readouterr().err
+
+
+def test_recall_that_cannot_be_had_is_refused(network, vectors, index):
+    with pytest.raises(ValueError, match=r"^Recall is a mean over queries, but there are none\.$"):
+        index.recall(np.empty((0, DIM)), 3)
+    with pytest.raises(ValueError, match=r"^k must be between 1 and 60, but got 61: "):
+        index.recall(vectors, 61)
+    fast_scan = DocumentIndex.build(row_documents(N), network, PAD, factory="IVF4,PQ2x4fs", progress=False)
+    message = (
+        "The index 'IVF4,PQ2x4fs' cannot give its vectors back (fast-scan codes). Pass embedder and pad_token_id, so "
+        "that the documents are embedded again."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fast_scan.recall(vectors, 3, progress=False)
+
+
 def test_save_over_an_index_leaves_one_generation(tmp_path, index, network):
     folder = tmp_path / "index"
     index.save(folder)

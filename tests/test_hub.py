@@ -5,8 +5,10 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import DatasetCard
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -18,11 +20,14 @@ from hf_paraphrase_lm import (
     CocoLMForMultipleChoice,
     CocoLMForPretraining,
     CocoLMModel,
+    DocumentIndex,
     MargeConfig,
     MargeForConditionalGeneration,
     MargeModel,
     hub,
 )
+
+from .reference.evidence import RowEmbedder, row_documents
 
 MARGE = {
     "vocab_size": 50,
@@ -188,6 +193,67 @@ print(push_with_code(model, "user/old", revision="experiment", commit_message="O
     load_tokenizer = "print(transformers.AutoTokenizer.from_pretrained('user/tiny', trust_remote_code=True).pad_token)"
     printed = run_python(LOAD + load_tokenizer, tmp_path / "cases.json", package=False, hub=loopback_hub)
     assert printed.split() == ["MargeForConditionalGeneration", "[PAD]"]
+
+
+def test_push_and_load_an_index_through_a_hub(tmp_path, run_python, loopback_hub):
+    embedder = RowEmbedder(torch.randn(20, 8))
+    embedder.fingerprint = "rows"
+    old, new = (DocumentIndex.build(row_documents(n), embedder, 99, progress=False) for n in (10, 20))
+    old.save(tmp_path / "old")
+    new.save(tmp_path / "new")
+    loopback_hub.repositories["datasets/user/other"] = {"branches": {}, "commits": {}, "private": False}
+    loopback_hub.commit("datasets/user/other", "main", {"README.md": b"A card."})
+    np.save(tmp_path / "queries.npy", embedder.vectors.numpy())
+    push_and_load = """
+import sys
+import numpy as np
+from huggingface_hub.errors import RepositoryNotFoundError
+from hf_paraphrase_lm import DocumentIndex
+
+old, new = map(DocumentIndex.load, sys.argv[1:3])
+first = old.push_to_hub("documents", private=True).oid
+print(first)
+print(new.push_to_hub("user/documents", commit_message="More").oid)
+print(old.push_to_hub("user/other", revision="small").oid)
+queries = np.load(sys.argv[3])
+index = DocumentIndex.from_hub("user/documents", memory_map=True)
+assert index.search(queries, 1)[1][:, 0].tolist() == list(range(20))
+assert len(index.documents) == 20
+assert len(DocumentIndex.from_hub("user/documents", revision=first)) == 10
+assert len(DocumentIndex.from_hub("user/other", revision="small", verify=False)) == 10
+try:
+    DocumentIndex.from_hub("user/other")
+except FileNotFoundError as error:
+    print(error)
+try:
+    DocumentIndex.from_hub("user/nobody")
+except RepositoryNotFoundError:
+    print("no such repository")
+"""
+    paths = tmp_path / "old", tmp_path / "new", tmp_path / "queries.npy"
+    first, second, third, *errors = run_python(push_and_load, *paths, hub=loopback_hub).splitlines()
+    assert errors == [
+        "The dataset repository user/other has no index.json at its main branch, so it holds no DocumentIndex. Upload "
+        "one there with push_to_hub.",
+        "no such repository",
+    ]
+    repository = loopback_hub.repositories["datasets/user/documents"]
+    assert repository["private"] is True and repository["branches"] == {"main": second}
+    for oid in (first, second):
+        files = loopback_hub.files("datasets/user/documents", oid)
+        assert {name.split("/")[0] for name in files} == {
+            ".gitattributes",
+            "README.md",
+            "index.json",
+            json.loads(files["index.json"])["data"],
+        }
+        assert {Path(name).suffix for name in files if "/" in name} == {".json", ".arrow", ".faiss"}
+    card = DatasetCard(files["README.md"].decode())
+    assert card.data.configs == [{"config_name": "default", "data_files": "index-data-*/documents/*.arrow"}]
+    assert 'DocumentIndex.from_hub("user/documents", memory_map=True)' in card.text
+    branches = loopback_hub.repositories["datasets/user/other"]["branches"]
+    assert branches["small"] == third and branches["main"] != third
+    assert loopback_hub.files("datasets/user/other", "small")["README.md"] == b"A card."
 
 
 def test_saving_again_replaces_every_weight_file_and_keeps_other_files(tmp_path):

@@ -2,30 +2,62 @@
 
 import json
 import os
-import re
 import shutil
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
 import numpy as np
 import torch
-import xxhash
 from datasets import Dataset, load_from_disk
+from huggingface_hub import CommitInfo, HfApi
 from tqdm.auto import tqdm
 
 from .embedding import BATCHES_PER_BLOCK, embed_documents
 from .fingerprint import corpus_fingerprint, embedder_fingerprint
+from .index_files import (
+    DATA_FOLDER,
+    FORMAT_VERSION,
+    check_files,
+    check_target,
+    flush_to_disk,
+    hash_of,
+    read_description,
+)
 
-FORMAT_VERSION = 1
 # Documents that an approximate index is trained on: a random sample, our choice.
 TRAINING_SAMPLE = 100_000
-# `index.json` names one data folder. A save writes a new one beside it and then replaces `index.json`, one atomic step.
-_DATA_FOLDER = re.compile(r"index-data-[0-9a-f]{32}")
+# Slack for rounding where equal scores count as equal, our choice.
+SCORE_TOLERANCE = 1e-5
+# Written to a repository that has none; a later push replaces the data folder, so its name is left open.
+CARD = """---
+tags:
+- document-index
+- faiss
+configs:
+- config_name: default
+  data_files: index-data-*/documents/*.arrow
+---
+
+# {name}
+
+{rows} documents with embeddings of length {dim} in a FAISS index `{factory}` (inner product), made with
+`hf-paraphrase-lm`. `load_dataset("{name}")` gives the documents alone.
+
+```python
+from hf_paraphrase_lm import DocumentIndex
+
+index = DocumentIndex.from_hub("{name}", memory_map=True)
+```
+"""
 
 
 class DocumentIndex:
-    """Finds the documents whose embeddings have the largest inner product with a query; made by `build` or `load`.
+    """Finds the documents whose embeddings have the largest inner product with a query.
+
+    Made by `build`, `load` or `from_hub`.
 
     Attributes:
         documents (`datasets.Dataset`): the corpus; a row found is an index into it.
@@ -100,7 +132,9 @@ class DocumentIndex:
                     f"Use 'Flat' or another faiss.index_factory string. FAISS says: {error}"
                 ) from error
             index.add(first)
-            for start in range(len(first), len(documents), block_size):
+            # Otherwise a block more would be in memory to the end.
+            del first
+            for start in range(block_size, len(documents), block_size):
                 rows = np.arange(start, min(start + block_size, len(documents)))
                 index.add(embed_documents(documents, rows=rows, progress=bar, **arguments))
         return cls(documents, index, factory, corpus_fingerprint(documents), embedder_fingerprint(embedder))
@@ -129,6 +163,89 @@ class DocumentIndex:
         Raises:
             ValueError: a wrong shape; not finite; k beyond the corpus; fewer than k found (an approximate index).
         """
+        queries, exclude = self._check_queries(embeddings, k, exclude)
+        scores, indices = self._nearest(queries, k, exclude, batch_size, progress)
+        if (indices < 0).any():
+            query = int(np.argmax((indices < 0).any(axis=1)))
+            raise ValueError(
+                f"The index {self.factory!r} found only {(indices[query] >= 0).sum()} documents for query {query}, "
+                f"but {k} were asked for. Let it look at more of them, for example: index.faiss_index.nprobe = 32."
+            )
+        return scores, indices
+
+    def recall(
+        self,
+        embeddings: np.ndarray | torch.Tensor,
+        k: int = 10,
+        exclude: np.ndarray | None = None,
+        embedder=None,
+        pad_token_id: int | None = None,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> float:
+        """Share of the k nearest documents of an exact search that `search` finds, mean over the queries.
+
+        Every query is compared with all documents, a block at a time. A document found counts if its exact score is
+        among the k largest, so of equal documents any will do.
+
+        Args:
+            embeddings: queries, as for `search`.
+            k: how many documents a query.
+            exclude: as for `search`.
+            embedder: of the documents, embeds all of them once more: exact for any index. None compares with the
+                vectors in the index, which leaves out what an index that compresses them (SQ, PQ, PCA) has lost.
+            pad_token_id: of the documents' tokenizer, with `embedder`.
+            batch_size: documents in one call of `embed`.
+            progress: show a bar.
+
+        Returns:
+            Between 0 and 1; 1 for the factory "Flat".
+
+        Raises:
+            ValueError: no queries; FAISS cannot give the vectors back, so `embedder` is needed; what `search` raises
+                about its arguments (documents that are not found are missed, no error); what `embed_documents` raises.
+        """
+        queries, exclude = self._check_queries(embeddings, k, exclude)
+        if len(queries) == 0:
+            raise ValueError("Recall is a mean over queries, but there are none.")
+        _, found = self._nearest(queries, k, exclude, batch_size=1024, progress=False)
+        found_scores = np.full(found.shape, -np.inf, dtype=np.float32)
+        best = np.full((len(queries), k), -np.inf, dtype=np.float32)
+        start = 0
+        with tqdm(total=len(self), desc="exact search", disable=not progress) as bar:
+            for vectors in self._vectors(embedder, pad_token_id, batch_size, bar):
+                scores = queries @ vectors.T
+                query, place = np.nonzero((exclude >= start) & (exclude < start + len(vectors)))
+                scores[query, exclude[query, place] - start] = -np.inf
+                query, place = np.nonzero((found >= start) & (found < start + len(vectors)))
+                found_scores[query, place] = scores[query, found[query, place] - start]
+                best = np.partition(np.concatenate([best, scores], axis=1), -k, axis=1)[:, -k:]
+                start += len(vectors)
+        return float((found_scores >= best.min(axis=1, keepdims=True) - SCORE_TOLERANCE).mean())
+
+    def _vectors(self, embedder, pad_token_id: int | None, batch_size: int, bar: tqdm) -> Iterator[np.ndarray]:
+        """Blocks of the documents' vectors, float32 of shape `(n, dim)`: embedded again, or those in the index."""
+        size = batch_size * BATCHES_PER_BLOCK
+        for start in range(0, len(self), size):
+            if embedder is not None:
+                rows = np.arange(start, min(start + size, len(self)))
+                yield embed_documents(self.documents, embedder, pad_token_id, batch_size, rows, progress=bar)
+                continue
+            try:
+                # In FAISS 1.15 the process dies where fast-scan indices in inverted lists are asked for their vectors.
+                if "fs" in self.factory:
+                    raise RuntimeError("fast-scan codes")
+                vectors = self.faiss_index.reconstruct_n(start, min(size, len(self) - start))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The index {self.factory!r} cannot give its vectors back ({error}). "
+                    "Pass embedder and pad_token_id, so that the documents are embedded again."
+                ) from error
+            yield vectors
+            bar.update(len(vectors))
+
+    def _check_queries(self, embeddings, k: int, exclude) -> tuple[np.ndarray, np.ndarray]:
+        """The queries as float32 `(queries, dim)` and what they exclude as `(queries, n)`, or an error."""
         if isinstance(embeddings, torch.Tensor):
             embeddings = embeddings.detach().to("cpu", torch.float32).numpy()
         queries = np.ascontiguousarray(embeddings, dtype=np.float32)
@@ -140,30 +257,29 @@ class DocumentIndex:
         if not np.isfinite(queries).all():
             row = int(np.argmin(np.isfinite(queries).all(axis=1)))
             raise ValueError(f"Query {row} has values that are not finite (NaN or infinity): nothing is nearest to it.")
-        exclude = np.empty((len(queries), 0)) if exclude is None else np.asarray(exclude).reshape(len(queries), -1)
+        if exclude is None:
+            exclude = np.empty((len(queries), 0), dtype=np.int64)
+        else:
+            exclude = np.asarray(exclude).reshape(len(queries), -1)
         if not 1 <= k <= len(self) - exclude.shape[1]:
             raise ValueError(
                 f"k must be between 1 and {len(self) - exclude.shape[1]}, but got {k}: the index has {len(self)} "
                 f"documents, and {exclude.shape[1]} are excluded a query."
             )
+        return queries, exclude
+
+    def _nearest(self, queries, k: int, exclude, batch_size: int, progress: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows, both `(queries, k)`; -inf and -1 where the index visited too few documents."""
         scores = np.empty((len(queries), k), dtype=np.float32)
         indices = np.empty((len(queries), k), dtype=np.int64)
         starts = range(0, len(queries), batch_size)
         for start in tqdm(starts, desc="search", disable=not progress or len(starts) < 2):
             part = slice(start, start + batch_size)
             found_scores, found = self.faiss_index.search(queries[part], k + exclude.shape[1])
-            # FAISS fills up with -1 where it visited fewer documents.
             allowed = (found >= 0) & ~(found[:, :, None] == exclude[part, None, :]).any(axis=-1)
-            if (allowed.sum(axis=1) < k).any():
-                query = int(np.argmax(allowed.sum(axis=1) < k))
-                raise ValueError(
-                    f"The index {self.factory!r} found only {allowed[query].sum()} documents for query "
-                    f"{start + query}, but {k} were asked for. Let it look at more of them, for example: "
-                    "index.faiss_index.nprobe = 32."
-                )
             best = np.argsort(~allowed, axis=1, kind="stable")[:, :k]
-            scores[part] = np.take_along_axis(found_scores, best, axis=1)
-            indices[part] = np.take_along_axis(found, best, axis=1)
+            scores[part] = np.take_along_axis(np.where(allowed, found_scores, -np.inf), best, axis=1)
+            indices[part] = np.take_along_axis(np.where(allowed, found, -1), best, axis=1)
         return scores, indices
 
     def save(self, folder: str | os.PathLike) -> None:
@@ -173,7 +289,7 @@ class DocumentIndex:
             FileExistsError: `folder` is a file, or a folder with something else than an index in it.
         """
         folder = Path(folder)
-        _check_target(folder)
+        check_target(folder)
         data = folder / f"index-data-{uuid.uuid4().hex}"
         try:
             data.mkdir(parents=True)
@@ -190,42 +306,55 @@ class DocumentIndex:
                 "corpus_fingerprint": self.corpus_fingerprint,
                 "embedder_fingerprint": self.embedder_fingerprint,
                 "files": {
-                    path.relative_to(data).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+                    path.relative_to(data).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": hash_of(path)}
                     for path in files
                 },
             }
             new_description = data / "index.json"
             new_description.write_text(json.dumps(description, indent=2) + "\n")
             for path in [*files, new_description, data / "documents", data]:
-                _flush_to_disk(path)
+                flush_to_disk(path)
             os.replace(new_description, folder / "index.json")
         except BaseException:
             # Ctrl-C may come just after the new index has taken its place.
-            if not (folder / "index.json").is_file() or _read_description(folder)["data"] != data.name:
+            if not (folder / "index.json").is_file() or read_description(folder)["data"] != data.name:
                 shutil.rmtree(data, ignore_errors=True)
             raise
-        _flush_to_disk(folder)
+        flush_to_disk(folder)
         # What the documents of this object are memory-mapped from stays, so that they can still go to other processes.
         in_use = {Path(file["filename"]).resolve().parent.parent for file in self.documents.cache_files}
         for entry in folder.iterdir():
-            if _DATA_FOLDER.fullmatch(entry.name) and entry != data and entry.resolve() not in in_use:
+            if DATA_FOLDER.fullmatch(entry.name) and entry != data and entry.resolve() not in in_use:
                 shutil.rmtree(entry, ignore_errors=True)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, documents: Dataset | None = None, embedder=None) -> "DocumentIndex":
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        documents: Dataset | None = None,
+        embedder=None,
+        memory_map: bool = False,
+        verify: bool = True,
+    ) -> "DocumentIndex":
         """Opens a saved index; the documents are memory-mapped.
 
         Args:
             folder: where `save` wrote it.
             documents: the corpus that it must belong to, used in place of the saved copy.
             embedder: the model that it must belong to.
+            memory_map: leave the vectors on the disk, too, whatever the factory: opened at once, read as they are
+                searched, shared by the processes that open them. Every search of a factory without inverted lists
+                ("Flat", "SQ8", ...) reads all of them; "IVF...,..." only the lists that it visits. Nothing can be added
+                to such a `faiss_index`: FAISS ends the process.
+            verify: read every file to compare its hash. False compares the sizes only; for an index that is larger than
+                the memory, where reading it takes long.
 
         Raises:
             FileNotFoundError: no index there.
             ValueError: another format version; a missing, truncated or changed file; another corpus; another model.
         """
         folder = Path(folder)
-        description = _read_description(folder)
+        description = read_description(folder)
         if description["format_version"] > FORMAT_VERSION:
             raise ValueError(
                 f"The index in {folder} has format version {description['format_version']}, but this version of "
@@ -239,53 +368,82 @@ class DocumentIndex:
         if embedder is not None:
             _check_embedder(folder, embedder, description["embedder_fingerprint"])
         data = folder / description["data"]
-        for name, file in description["files"].items():
-            path = data / name
-            size = path.stat().st_size if path.is_file() else None
-            if size != file["bytes"] or _hash(path) != file["xxh3_128"]:
-                state = "is missing" if size is None else f"has {size} bytes and not the content saved"
-                raise ValueError(
-                    f"The index in {folder} is damaged: {data.name}/{name} {state} (expected {file['bytes']} bytes). "
-                    "Copy it again from where it is whole, or build it again."
-                )
-        index = faiss.read_index(str(data / "vectors.faiss"))
+        check_files(data, description["files"], verify)
+        index = faiss.read_index(str(data / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
         documents = load_from_disk(data / "documents") if documents is None else documents
         fingerprints = description["corpus_fingerprint"], description["embedder_fingerprint"]
         return cls(documents, index, description["factory"], *fingerprints)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload document index",
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Uploads what `save` writes to a dataset repository, in one commit that replaces an index pushed before.
 
-def _read_description(folder: Path) -> dict:
-    path = folder / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no index in {folder}: it has no index.json. Either the path is wrong or the first save into it "
-            "was interrupted; build the index again."
+        A card is written where there is none; it lets `load_dataset(repo_id)` find the documents. Other files stay.
+
+        Args:
+            repo_id: `"user/name"`, or `"name"` in the namespace of the token; made if needed.
+            private: whether a repository made here is private; the account's default if None.
+            revision: the branch to commit to, made if needed; the main branch if None.
+            commit_message: first line of the commit.
+            token: access token; the one stored by `hf auth login` if None.
+
+        Returns:
+            The commit, with its `commit_url` and `oid`.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder)
+            repo_id = hub.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True).repo_id
+            if revision is not None:
+                hub.create_branch(repo_id, repo_type="dataset", branch=revision, exist_ok=True)
+            if not hub.file_exists(repo_id, "README.md", repo_type="dataset", revision=revision):
+                card = CARD.format(name=repo_id, rows=len(self), dim=self.dim, factory=self.factory)
+                (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+            return hub.upload_folder(
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns="index-data-*",
+            )
+
+    @classmethod
+    def from_hub(
+        cls, repo_id: str, *, revision: str | None = None, token: str | None = None, **arguments
+    ) -> "DocumentIndex":
+        """Opens an index that `push_to_hub` uploaded; it is downloaded once, and found in the cache when offline.
+
+        Args:
+            repo_id: the dataset repository, `"user/name"`.
+            revision: branch, tag or commit; the main branch if None.
+            token: access token; the one stored by `hf auth login` if None.
+            arguments: `documents`, `embedder`, `memory_map` and `verify` of `load`.
+
+        Raises:
+            FileNotFoundError: no index in the repository.
+            huggingface_hub.errors.HfHubHTTPError: no such repository or revision, or no access to it.
+            ValueError: what `load` raises.
+        """
+        folder = HfApi(token=token).snapshot_download(
+            repo_id, repo_type="dataset", revision=revision, allow_patterns=["index.json", "index-data-*"]
         )
-    try:
-        description = json.loads(path.read_text())
-        if description["kind"] != "DocumentIndex":
-            raise KeyError("kind")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or describes no DocumentIndex; build the index again.") from error
-    return description
-
-
-def _check_target(folder: Path) -> None:
-    if folder.is_dir():
-        try:
-            _read_description(folder)
-            return
-        except FileNotFoundError:
-            # A first save that was killed leaves a data folder only.
-            if all(_DATA_FOLDER.fullmatch(entry.name) for entry in folder.iterdir()):
-                return
-        except ValueError:
-            pass
-    elif not folder.exists():
-        return
-    raise FileExistsError(
-        f"{folder} exists and is not a DocumentIndex, so nothing was written. Give an empty or a new folder."
-    )
+        if not (Path(folder) / "index.json").is_file():
+            raise FileNotFoundError(
+                f"The dataset repository {repo_id} has no index.json at {revision or 'its main branch'}, so it holds "
+                "no DocumentIndex. Upload one there with push_to_hub."
+            )
+        return cls.load(folder, **arguments)
 
 
 def _check_embedder(folder: Path, embedder, expected: str | None) -> None:
@@ -300,22 +458,3 @@ def _check_embedder(folder: Path, embedder, expected: str | None) -> None:
             f"The index in {folder} was built with another model than the {type(embedder).__name__} given, or with "
             "other weights of it, so their vectors do not compare. Load that model or build the index again."
         )
-
-
-def _hash(path: Path) -> str:
-    content = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            content.update(block)
-    return content.hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    # Windows cannot open a folder as a file.
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
