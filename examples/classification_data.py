@@ -70,7 +70,7 @@ def read_labels(rows: Dataset, split: str, column: str) -> list | None:
     for row, label in enumerate(labels):
         if label is None or (classes is not None and label == -1):
             raise ValueError(f"Row {row} of the {split} data has no label in column {column!r}. Leave such rows out.")
-    # Takes lists too.
+    # int2str takes the list of a row with several labels too.
     return labels if classes is None else [classes.int2str(label) for label in labels]
 
 
@@ -136,16 +136,15 @@ def encode_labels(labels: list, split: str, problem: str, names: list[str]) -> l
     Raises:
         ValueError: a label does not suit the problem type, or is no class that the model knows.
     """
-    if problem == REGRESSION:
-        words, suits = "a number as label", lambda label: isinstance(label, int | float) and math.isfinite(label)
-    elif problem == SINGLE:
-        words, suits = "one label", lambda label: not isinstance(label, list)
-    else:
-        # Not a 0 or 1 for each class, in which one of the two comes twice.
-        words = "a list of different labels"
-        suits = lambda label: isinstance(label, list) and len(set(label)) == len(label)  # noqa: E731
     for row, label in enumerate(labels):
-        if not suits(label):
+        if problem == REGRESSION:
+            suits, words = isinstance(label, int | float) and math.isfinite(label), "a number as label"
+        elif problem == SINGLE:
+            suits, words = not isinstance(label, list), "one label"
+        else:
+            # Not a 0 or 1 for each class, in which one of the two comes twice.
+            suits, words = isinstance(label, list) and len(set(label)) == len(label), "a list of different labels"
+        if not suits:
             raise ValueError(f"Row {row} of the {split} data must have {words} for {problem}, but has {label!r}.")
     if problem == REGRESSION:
         return [float(label) for label in labels]

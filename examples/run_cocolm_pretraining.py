@@ -109,7 +109,11 @@ class CorpusArguments(DataArguments):
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
-    """transformers.TrainingArguments with the settings of COCO-LM base (Meng et al. 2021, appendix B)."""
+    """transformers.TrainingArguments with the optimiser's settings in the authors' code.
+
+    COCO-LM base was trained for 125,000 updates of 2048 sequences of 512 tokens. That its highest learning rate was
+    5e-4 is not confirmed by a source.
+    """
 
     output_dir: str = field(default="runs/cocolm", metadata={"help": "folder for checkpoints, model and results"})
     learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate"})

@@ -56,7 +56,11 @@ LOSSES = ("loss", "mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_lo
 
 @dataclass
 class LoopArguments:
-    """The training, by default with the settings of COCO-LM base (Meng et al. 2021, appendix B)."""
+    """The training, by default with the optimiser's settings in the authors' code.
+
+    COCO-LM base was trained for 125,000 updates of 2048 sequences of 512 tokens. That its highest learning rate was
+    5e-4 is not confirmed by a source.
+    """
 
     output_dir: str = field(default="runs/cocolm", metadata={"help": "folder for checkpoints, model and results"})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "texts in a batch, on each device"})

@@ -146,6 +146,14 @@ def test_trainer_accumulates_exactly(tmp_path):
         torch.testing.assert_close(weight, whole.trainer.model.get_parameter(name), rtol=1e-5, atol=1e-5)
 
 
+def test_accumulation_in_bf16_with_gradient_checkpointing(tmp_path):
+    """To the precision of bfloat16, of which every sum over 8 texts has another rounding than two over 4."""
+    options = {"optim": "sgd", "learning_rate": 1e-3, "bf16": True, "gradient_checkpointing": True}
+    whole = train(tmp_path, per_device_train_batch_size=8, **options)
+    parts = train(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+    assert parts.losses == pytest.approx(whole.losses, rel=2**-8)
+
+
 def test_one_batch_a_step_is_plain_trainer(tmp_path):
     config = tiny_config()
     ours, plain = (train(tmp_path, c, config, per_device_train_batch_size=8) for c in (CorrectiveLMTrainer, Trainer))

@@ -451,6 +451,7 @@ class CocoLMPreTrainedModel(PreTrainedModel):
                 ignore_mismatched_sizes=True,
                 **kwargs | {"weights_only": True},
             )
+        # Raised again, whatever it is, unless a file of weights turns out to be its cause.
         except Exception as error:
             if pretrained_model_name_or_path is not None:
                 folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
@@ -747,8 +748,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
     carry none. The embeddings belong to both, so they get all gradients. The corrective loss does not train the copy
     head: its copy probability is a constant.
 
-    `config.discriminator_objective` chooses what the main network learns (ablated in the paper's table 4). Weights
-    that an objective does not use stay as they are, without gradient.
+    `config.discriminator_objective` chooses what the main network learns (the paper ablates it). Weights that an
+    objective does not use stay as they are, without gradient.
 
     The networks are COCO-LM encoders, or with [`~CocoLMForPretraining.from_encoders`] any others. `base_model` is the
     main one: `base_model.save_pretrained(folder)` writes it as a checkpoint of its own class.
