@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hf_paraphrase_lm import CocoLMForPretraining, CorrectiveLMTrainer, LogComponentLossesCallback
 from hf_paraphrase_lm.training import global_batch
 
-from .test_modeling_cocolm import pretraining_batch, tiny_config, without_dropout
+from .test_modeling_cocolm import checkpoint_activations, pretraining_batch, tiny_config, without_dropout
 
 LOSSES = ("loss", "mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_loss")
 # Texts of very different lengths, and one batch without a mask: means of means would be far off.
@@ -121,9 +121,13 @@ class Run:
     losses: dict
 
 
-def train(folder, trainer_class=CorrectiveLMTrainer, config=None, items=None, resume=None, **arguments):
+def train(
+    folder, trainer_class=CorrectiveLMTrainer, config=None, items=None, resume=None, recompute=False, **arguments
+):
     torch.manual_seed(0)
     model = CocoLMForPretraining(config or without_dropout(contrastive_temperature=0.3))
+    if recompute:
+        checkpoint_activations(model, use_reentrant=False)
     defaults = {"max_steps": 2, "logging_steps": 1, "remove_unused_columns": False, "learning_rate": 1e-2}
     defaults |= {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_grad_norm": 0.0}
     arguments = TrainingArguments(folder, **defaults | arguments)
@@ -148,7 +152,7 @@ def test_trainer_accumulates_exactly(tmp_path):
 
 def test_accumulation_in_bf16_with_gradient_checkpointing(tmp_path):
     """To the precision of bfloat16, of which every sum over 8 texts has another rounding than two over 4."""
-    options = {"optim": "sgd", "learning_rate": 1e-3, "bf16": True, "gradient_checkpointing": True}
+    options = {"optim": "sgd", "learning_rate": 1e-3, "bf16": True, "recompute": True}
     whole = train(tmp_path, per_device_train_batch_size=8, **options)
     parts = train(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
     assert parts.losses == pytest.approx(whole.losses, rel=2**-8)

@@ -597,6 +597,12 @@ def test_inputs_embeds(case):
     torch.testing.assert_close(model(**batch, inputs_embeds=embeds).loss, loss)
 
 
+def checkpoint_activations(model, **options):
+    """Has the backward pass compute the layers' activations again; transformers 5.23 renamed the method."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable(options)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     model = CocoLMForPretraining(without_dropout())
@@ -604,9 +610,7 @@ def test_activation_checkpointing(reentrant):
     model(**batch).loss.backward()
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    # the name up to transformers 5.22, which a later one warns of
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, use_reentrant=reentrant)
     model(**batch).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)

@@ -17,6 +17,7 @@ from hf_paraphrase_lm import MargeConfig, MargeForConditionalGeneration, MargeFo
 from hf_paraphrase_lm.models.marge.modeling_marge import distillation_loss
 
 from .reference import marge as reference
+from .test_modeling_cocolm import checkpoint_activations
 
 SIZES = {
     "vocab_size": 60,
@@ -314,9 +315,7 @@ def test_gradient_checkpointing(batch):
     model = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
     expected = gradients(model, **batch)
     for reentrant in (False, True):
-        # the name up to transformers 5.22, which a later one warns of
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": reentrant})
+        checkpoint_activations(model, use_reentrant=reentrant)
         if reentrant:
             model.enable_input_require_grads()
         assert_same_gradients(gradients(model, **batch), expected)
