@@ -23,7 +23,6 @@ Without --tokenizer_name and --model_name_or_path a tokenizer is trained on the 
 JSON or YAML file instead. --help lists them all; those after --output_dir are transformers.TrainingArguments.
 """
 
-import json
 import platform
 import shlex
 import sys
@@ -54,6 +53,7 @@ from runs import (
     check_run,
     last_checkpoint,
     load_splits,
+    override,
     parse_arguments,
     train,
     wanted_splits,
@@ -144,8 +144,7 @@ def load_tokenizer(network: NetworkArguments, corpus: CorpusArguments, texts, fo
     if texts is None:
         raise ValueError("Without --do_train there is no tokenizer. Give --model_name_or_path or --tokenizer_name.")
     if is_to_train:
-        overrides = parse_overrides(network.config_overrides) if network.config_overrides else {}
-        positions = overrides.get("max_position_embeddings", CocoLMConfig.max_position_embeddings)
+        positions = override(CocoLMConfig(), network.config_overrides).max_position_embeddings
         check_length(corpus.max_length, positions)
         tokenizer = train_tokenizer(
             texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=positions
@@ -176,27 +175,6 @@ def longest_text(corpus: CorpusArguments, tokenizer, model: CocoLMForPretraining
     return length
 
 
-def parse_overrides(text: str) -> dict:
-    """Values of fields of `CocoLMConfig`, as in "hidden_size=256,corrective_lm_form=paper".
-
-    Raises:
-        ValueError: a part has another form, or there is no such field.
-    """
-    names, overrides = CocoLMConfig.__annotations__, {}
-    for part in text.split(","):
-        name, equals, value = part.strip().partition("=")
-        if not equals or name not in names:
-            raise ValueError(
-                "--config_overrides must be fields of CocoLMConfig with their values, such as hidden_size=256, but has "
-                f"{part.strip()!r}. The fields are {', '.join(names)}."
-            )
-        try:
-            overrides[name] = json.loads(value)
-        except json.JSONDecodeError:
-            overrides[name] = value
-    return overrides
-
-
 def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
     """Both networks: from a checkpoint, from two, or with random weights.
 
@@ -217,12 +195,9 @@ def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
             "smaller network of the same vocabulary, which replaces tokens for it."
         )
     config = configs[0] if len(names) == 1 else CocoLMConfig(vocab_size=len(tokenizer))
-    overrides = parse_overrides(network.config_overrides) if network.config_overrides else {}
     if network.discriminator_objective:
-        overrides["discriminator_objective"] = network.discriminator_objective
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    config.validate()
+        config.discriminator_objective = network.discriminator_objective
+    override(config, network.config_overrides)
     if not names:
         model = CocoLMForPretraining(config)
     elif len(names) == 1:

@@ -117,6 +117,12 @@ class ModelArguments:
     random_weights: bool = field(
         default=False, metadata={"help": "only the architecture and the tokenizer: shows what pre-training is worth"}
     )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={
+            "help": "fields of the configuration, such as hidden_dropout_prob=0.2,attention_probs_dropout_prob=0"
+        },
+    )
     ignore_mismatched_sizes: bool = field(
         default=False, metadata={"help": "start with a fresh head if that of the checkpoint has other labels"}
     )
@@ -128,13 +134,14 @@ class ModelArguments:
     )
 
     def load_config(self) -> PreTrainedConfig:
-        """The configuration of the checkpoint."""
+        """The configuration of the checkpoint, with the fields that are to differ."""
         name, source = self.model_name_or_path, {"revision": self.model_revision}
         # The released COCO-LM checkpoints do not say which family they are of.
         is_released = "model_type" not in PreTrainedConfig.get_config_dict(name, **source)[0]
-        return (CocoLMConfig if is_released else AutoConfig).from_pretrained(
+        config = (CocoLMConfig if is_released else AutoConfig).from_pretrained(
             name, trust_remote_code=self.trust_remote_code, **source
         )
+        return override(config, self.config_overrides)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that is named, or that of the checkpoint."""
@@ -159,6 +166,29 @@ class ModelArguments:
             ignore_mismatched_sizes=self.ignore_mismatched_sizes,
             **settings,
         )
+
+
+def override(config: PreTrainedConfig, text: str | None) -> PreTrainedConfig:
+    """The configuration itself, with other values in some fields, as in "hidden_size=256,corrective_lm_form=paper".
+
+    Raises:
+        ValueError: a part has another form, or there is no such field.
+        huggingface_hub.errors.StrictDataclassError: the configuration does not allow a value.
+    """
+    names = type(config).__annotations__
+    for part in text.split(",") if text else ():
+        name, equals, value = part.strip().partition("=")
+        if not equals or name not in names:
+            raise ValueError(
+                f"--config_overrides must be fields of {type(config).__name__} with their values, such as "
+                f"hidden_size=256, but has {part.strip()!r}. The fields are {', '.join(names)}."
+            )
+        try:
+            setattr(config, name, json.loads(value))
+        except json.JSONDecodeError:
+            setattr(config, name, value)
+    config.validate()
+    return config
 
 
 @dataclass

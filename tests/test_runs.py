@@ -282,6 +282,20 @@ def test_a_checkpoint_in_half_precision_is_trained_in_full(runs, checkpoint, tmp
         assert torch.equal(model.cocolm.embeddings.word_embeddings.weight, given) != random
 
 
+@pytest.mark.parametrize("family", ["cocolm", "bert"])
+def test_other_values_in_the_configuration(runs, tmp_path, family):
+    folder = make_checkpoint(tmp_path, ["a b"], family=family)
+    config = load(runs.ModelArguments(str(folder), config_overrides="hidden_dropout_prob=0.25, hidden_act=relu")).config
+    assert (config.hidden_dropout_prob, config.hidden_act) == (0.25, "relu")
+    name = type(config).__name__
+    with pytest.raises(ValueError) as caught:
+        load(runs.ModelArguments(str(folder), config_overrides="dropout=0.25"))
+    assert str(caught.value).startswith(
+        f"--config_overrides must be fields of {name} with their values, such as hidden_size=256, but has "
+        "'dropout=0.25'. The fields are vocab_size, hidden_size, "
+    )
+
+
 def test_a_released_folder(runs, checkpoint, tmp_path):
     """As it is published: a config.json that does not tell the family, sp.model and dict.txt."""
     for name in ("sp.model", "dict.txt"):

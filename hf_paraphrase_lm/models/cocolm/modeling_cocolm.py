@@ -587,10 +587,11 @@ class CocoLMModel(CocoLMPreTrainedModel):
 
     @torch.no_grad()
     def attend_to_neighbors(self, strength: float = 4.0):
-        """Lets each of the first 8 heads prefer one of the tokens 1 to 4 to the left or right, in all layers.
+        """Lets each head of the first half prefer one of the tokens 1 to 4 to the left or right, in all layers.
 
         Our choice, for short trainings from random weights: that neighbors matter takes an encoder of this kind its
-        first thousands of updates to find out, and until then it learns little else.
+        first thousands of updates to find out, and until then it learns little else. The other heads stay free for what
+        is far: the vector of [CLS], and words that come again.
 
         Args:
             strength: Added to the attention scores of that neighbor.
@@ -598,7 +599,7 @@ class CocoLMModel(CocoLMPreTrainedModel):
         Raises:
             ValueError: If `rel_pos_bins` is too small for these neighbors to have a bucket each.
         """
-        offsets = torch.tensor([-1, 1, -2, 2, -3, 3, -4, 4][: self.config.num_attention_heads])
+        offsets = torch.tensor([-1, 1, -2, 2, -3, 3, -4, 4][: max(1, self.config.num_attention_heads // 2)])
         if self.config.rel_pos_bins < 16:
             raise ValueError(
                 "rel_pos_bins must be at least 16 to tell the 4 nearest tokens apart, but is "
