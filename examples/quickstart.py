@@ -54,6 +54,7 @@ from hf_paraphrase_lm import (
 from hf_paraphrase_lm.data import load_python_docs
 from hf_paraphrase_lm.retrieval import embed_documents
 from hf_paraphrase_lm.training import corrective_lm_metrics, evidence_losses, recall_at_k
+from plot_run import draw_runs
 
 MAX_LENGTH = 64
 # Small networks: what two CPU cores can train in about a minute each.
@@ -219,6 +220,7 @@ def pre_train(model, parameters, dataset, collator, tokenizer, folder: Path, cal
     # Written beside its place and then moved there, so that no half of a model is ever found in it.
     partial = folder.with_name(f"{folder.name}.partial")
     trainer.save_model(str(partial))
+    trainer.state.save_to_json(str(partial / "trainer_state.json"))
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return trainer.state.log_history
@@ -264,31 +266,6 @@ def pre_train_cocolm(model, corpus: Corpus, tokenizer, folder: Path, args) -> li
         warmup_steps=0.1,
         max_grad_norm=2.0,
     )
-
-
-def draw_curves(logs: dict[str, list[dict]], path: Path):
-    """Training losses of both models, with a line at each refresh of MARGE's evidence, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
-    panels = [
-        ("MARGE: reconstruction", "marge", {"loss": "loss"}),
-        ("COCO-LM: language models", "cocolm", {"mlm_loss": "auxiliary MLM", "corrective_lm_loss": "corrective LM"}),
-        ("COCO-LM: detection, contrast", "cocolm", {"copy_loss": "copy", "contrastive_loss": "contrastive"}),
-    ]
-    for axis, (title, model, names) in zip(axes, panels, strict=True):
-        for name, label in names.items():
-            points = [(entry["step"], entry[name]) for entry in logs[model] if name in entry]
-            axis.plot(*zip(*points, strict=True), label=label)
-        for entry in logs[model]:
-            if "refresh/groups" in entry:
-                axis.axvline(entry["step"], color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=title, xlabel="step", ylabel="nats", ylim=(0, None))
-        axis.legend()
-    figure.savefig(path, dpi=120)
 
 
 def print_table(before: dict, after: dict, lexical_recall: float):
@@ -359,7 +336,9 @@ def main():
     logs = {"marge": pre_train_marge(marge, documents, words, folders["marge"], args)}
     print("\nCOCO-LM learns to find and correct replaced tokens.")
     logs["cocolm"] = pre_train_cocolm(cocolm, spellings, letters, folders["cocolm"], args)
-    draw_curves(logs, args.output / "curves.png")
+    # The sum of COCO-LM's losses has a scale of its own; its parts are drawn.
+    logs["cocolm"] = [{name: value for name, value in log.items() if name != "loss"} for log in logs["cocolm"]]
+    draw_runs(logs).savefig(args.output / "curves.png", dpi=120)
 
     print("\nA new process loads both models and evaluates them.")
     command = [sys.executable, __file__, "--evaluate", "--output", str(args.output), "--seed", str(args.seed)]

@@ -6,7 +6,13 @@ Importing this package registers both families with the Auto classes of `transfo
 import transformers
 
 from . import hub
-from .data import DataCollatorForCorrectiveLM, DataCollatorForParaphrasing, chunk_documents, train_tokenizer
+from .data import (
+    DataCollatorForCorrectiveLM,
+    DataCollatorForParaphrasing,
+    chunk_documents,
+    load_token_array,
+    train_tokenizer,
+)
 from .models.cocolm import (
     CocoLMConfig,
     CocoLMForMaskedLM,
@@ -23,6 +29,7 @@ from .retrieval import DocumentIndex, EvidenceDataset, LexicalEmbedder
 from .training import (
     CorrectiveLMTrainer,
     LogComponentLossesCallback,
+    LogEvidenceCallback,
     NewMasksCallback,
     RefreshIndexCallback,
     StopOnInterruptCallback,
@@ -47,6 +54,7 @@ __all__ = [
     "EvidenceDataset",
     "LexicalEmbedder",
     "LogComponentLossesCallback",
+    "LogEvidenceCallback",
     "MargeConfig",
     "MargeForConditionalGeneration",
     "MargeForSequenceClassification",
@@ -56,6 +64,7 @@ __all__ = [
     "StopOnInterruptCallback",
     "chunk_documents",
     "hub",
+    "load_token_array",
     "train_tokenizer",
 ]
 

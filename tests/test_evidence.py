@@ -27,10 +27,15 @@ def document_ids():
     return torch.arange(N) // 4
 
 
+def both(embeddings, document_ids):
+    """Every document may be target and evidence."""
+    return embeddings, embeddings, document_ids, document_ids
+
+
 @pytest.mark.parametrize("num_pairs", [1, 7, 8 * N, N * N])
 def test_pairs_are_the_best_of_the_shard(embeddings, document_ids, num_pairs, blocks):
     done = []
-    targets, evidence, relevance = relevant_pairs(embeddings, document_ids, num_pairs, done.append)
+    targets, evidence, relevance = relevant_pairs(*both(embeddings, document_ids), num_pairs, done.append)
     expected = naive.all_pairs(embeddings.tolist(), document_ids.tolist())[:num_pairs]
     assert targets.dtype == evidence.dtype == np.int64 and relevance.dtype == np.float32
     # f(x, z) = f(z, x), so both ends of a pair tie; what the cut divides is one such tie.
@@ -48,32 +53,34 @@ def test_the_cut_is_global():
     # Rows 0 and 1 are near to each other and to 2 and 3; all others are far from everything.
     embeddings = torch.nn.functional.normalize(torch.eye(20) + 0.01 * torch.randn(20, 20), dim=-1)
     embeddings[:4] = torch.nn.functional.normalize(torch.ones(4, 20) + 0.01 * torch.randn(4, 20), dim=-1)
-    targets, evidence, _ = relevant_pairs(embeddings, torch.arange(20), 12)
+    targets, evidence, _ = relevant_pairs(*both(embeddings, torch.arange(20)), 12)
     assert set(targets.tolist()) == set(evidence.tolist()) == {0, 1, 2, 3}
 
 
 def test_one_document_has_no_pairs(embeddings):
-    targets, evidence, relevance = relevant_pairs(embeddings, torch.zeros(N, dtype=torch.int64), 10)
+    sides = both(embeddings, torch.zeros(N, dtype=torch.int64))
+    targets, evidence, relevance = relevant_pairs(*sides, 10)
     assert len(targets) == len(evidence) == len(relevance) == 0
-    evidence, relevance = nearest_evidence(embeddings, torch.zeros(N, dtype=torch.int64), 3)
+    evidence, relevance = nearest_evidence(*sides, 3)
     assert (evidence == -1).all() and (relevance == -np.inf).all()
 
 
 def test_a_shard_of_one(embeddings):
-    targets, *_ = relevant_pairs(embeddings[:1], torch.zeros(1, dtype=torch.int64), 8)
+    sides = both(embeddings[:1], torch.zeros(1, dtype=torch.int64))
+    targets, *_ = relevant_pairs(*sides, 8)
     assert len(targets) == 0
-    assert nearest_evidence(embeddings[:1], torch.zeros(1, dtype=torch.int64), 3)[0].tolist() == [[-1, -1, -1]]
+    assert nearest_evidence(*sides, 3)[0].tolist() == [[-1, -1, -1]]
 
 
 def test_no_more_than_a_block_of_scores_is_held(embeddings, document_ids, monkeypatch):
     monkeypatch.setattr(module, "SCORES_PER_BLOCK", 1)
-    sizes = [tuple(scores.shape) for _, scores in module._blocks(embeddings, document_ids)]
+    sizes = [tuple(scores.shape) for _, scores in module._blocks(*both(embeddings, document_ids))]
     assert sizes == [(64, N), (64, N), (22, N)]
 
 
 @pytest.mark.parametrize("num_evidence", [1, 5, 149])
 def test_nearest_evidence(embeddings, document_ids, num_evidence, blocks):
-    evidence, relevance = nearest_evidence(embeddings, document_ids, num_evidence)
+    evidence, relevance = nearest_evidence(*both(embeddings, document_ids), num_evidence)
     assert evidence.shape == relevance.shape == (N, num_evidence)
     pairs = naive.all_pairs(embeddings.tolist(), document_ids.tolist())
     for target in range(N):
@@ -89,10 +96,38 @@ def test_relevance_moments(spread):
     embeddings = torch.nn.functional.normalize(torch.ones(40, 6) + spread * torch.randn(40, 6), dim=-1)
     exact = embeddings.double()
     f = (exact @ exact.T)[~torch.eye(40, dtype=torch.bool)]
-    count, total, squares = relevance_moments(embeddings)
+    count, total, squares = relevance_moments(embeddings, embeddings, same_corpus=True)
     assert count == 40 * 39
     assert total == pytest.approx(f.sum().item(), rel=1e-12)
     assert squares == pytest.approx(f.square().sum().item(), rel=1e-12)
+
+
+def test_relevance_moments_of_two_sides():
+    targets, evidence = (torch.nn.functional.normalize(torch.randn(n, 6), dim=-1) for n in (30, 50))
+    f = targets.double() @ evidence.double().T
+    count, total, squares = relevance_moments(targets, evidence, same_corpus=False)
+    assert (count, total, squares) == (1500, pytest.approx(f.sum().item()), pytest.approx(f.square().sum().item()))
+    # Targets that are some of the evidence: not with themselves.
+    some = torch.arange(0, 50, 3)
+    f = (evidence.double() @ evidence.double().T)[some][torch.arange(50) != some[:, None]]
+    count, total, squares = relevance_moments(evidence[some], evidence, same_corpus=True)
+    assert (count, total, squares) == (17 * 49, pytest.approx(f.sum().item()), pytest.approx(f.square().sum().item()))
+
+
+@pytest.mark.parametrize("num_pairs", [20, 10_000])
+def test_pairs_of_two_sides(embeddings, document_ids, num_pairs, blocks):
+    targets, evidence = embeddings[:90], embeddings[60:]
+    sides = targets, evidence, document_ids[:90], document_ids[60:]
+    f = (targets.double() @ evidence.double().T).masked_fill(sides[2][:, None] == sides[3], -torch.inf)
+    best = f.flatten().topk(min(num_pairs, int((f > -torch.inf).sum()))).indices
+    rows, columns, relevance = relevant_pairs(*sides, num_pairs)
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == sorted(
+        divmod(place, 90) for place in best.tolist()
+    )
+    np.testing.assert_allclose(relevance, f[rows, columns], atol=1e-6)
+    nearest, relevance = nearest_evidence(*sides, 5)
+    np.testing.assert_array_equal(nearest, f.topk(5).indices)
+    np.testing.assert_allclose(relevance, f.topk(5).values, atol=1e-6)
 
 
 def random_graph(rng, n, num_edges, cross_language=0.0):
@@ -129,6 +164,30 @@ def test_groups_against_a_loop(size, cross_language, num_edges):
         order = rng.permutation(np.unique([target for target, _ in weight])).tolist()
         groups = grow_groups(*as_arrays(weight), *size, FixedOrder(order))
         assert groups == naive.grow_groups(weight, *size, order)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (1, 8), (3, 2), (50, 50)])
+@pytest.mark.parametrize("max_tokens", [18, 30, 64])
+def test_groups_with_a_token_budget_against_a_loop(size, max_tokens):
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        weight = random_graph(rng, 40, 150)
+        order = rng.permutation(np.unique([target for target, _ in weight])).tolist()
+        tokens = rng.integers(1, 10, (2, 40))
+        groups = grow_groups(*as_arrays(weight), *size, FixedOrder(order), *tokens, max_tokens)
+        assert groups == naive.grow_groups(weight, *size, order, *tokens.tolist(), max_tokens)
+        assert all(tokens[0, targets].sum() + tokens[1, evidence].sum() <= max_tokens for targets, evidence in groups)
+        assert sorted(target for targets, _ in groups for target in targets) == sorted(order)
+
+
+def test_a_token_budget_is_filled():
+    weight = random_graph(np.random.default_rng(0), 300, 4000)
+    tokens = np.random.default_rng(1).integers(10, 20, (2, 300))
+    groups = grow_groups(*as_arrays(weight), 300, 300, np.random.default_rng(0), *tokens, 400)
+    sizes = [tokens[0, targets].sum() + tokens[1, evidence].sum() for targets, evidence in groups]
+    # The next document does not fit, but where targets run out.
+    assert all(size > 400 - 20 for size in sizes[:-3]) and max(sizes) <= 400
+    assert all(abs(len(targets) - len(evidence)) <= 1 for targets, evidence in groups[:-3])
 
 
 def test_every_target_once_and_related():

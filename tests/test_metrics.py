@@ -13,7 +13,7 @@ from hf_paraphrase_lm.training import corrective_lm_metrics, evidence_losses, re
 
 from .reference import cocolm as naive_cocolm
 from .reference import evidence as naive
-from .reference.evidence import RowEmbedder, row_documents
+from .reference.evidence import RowEmbedder, make_documents, row_documents
 
 PAD = 99
 N = 40
@@ -42,6 +42,36 @@ def test_recall_of_known_neighbors():
     assert recall_at_k(embeddings, np.array([5, 5, 5, -1])) == pytest.approx(2 / 3)
     assert recall_at_k(embeddings, np.array([5, 5, 5, -1]), k=2) == 1
     assert recall_at_k(embeddings, np.array([5, 5, 6, -1])) == 1
+
+
+@pytest.mark.parametrize("k", [1, 3, 49])
+def test_recall_of_translations_against_a_loop(k, monkeypatch):
+    monkeypatch.setattr("hf_paraphrase_lm.training.metrics.QUERIES_PER_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(50, 4)).astype(np.float32)
+    groups, languages = rng.integers(-1, 12, 50), [["de", "en", "fr", "", None][i] for i in rng.integers(0, 5, 50)]
+    found = []
+    for query in range(50):
+        others = [other for other in range(50) if languages[other] and languages[other] != languages[query]]
+        if not languages[query] or groups[query] == -1 or all(groups[other] != groups[query] for other in others):
+            continue
+        others.sort(key=lambda other: -embeddings[query] @ embeddings[other])
+        found.append(any(groups[other] == groups[query] for other in others[:k]))
+    assert 5 < len(found) < 30 and recall_at_k(embeddings, groups, k, languages) == pytest.approx(np.mean(found))
+    assert recall_at_k(embeddings, groups, k, np.array([name or "" for name in languages])) == np.mean(found)
+    # Where every document is of another language, it is the recall of paraphrases.
+    names = [str(i) for i in range(50)]
+    assert recall_at_k(embeddings, groups, k, names) == recall_at_k(embeddings, groups, k)
+
+
+def test_recall_of_translations_needs_some():
+    embeddings = np.eye(4)
+    for languages in (["de"] * 4, ["de", "", "en", "en"], [None] * 4):
+        message = "groups must hold two documents of one group in two languages at least, but there is nothing to find."
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            recall_at_k(embeddings, [0, 0, 1, 1], languages=languages)
+    with pytest.raises(ValueError, match=r"^languages must be one a document, but got 3 for 4 documents\.$"):
+        recall_at_k(embeddings, [0, 0, 1, 1], languages=["de"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +178,22 @@ def test_random_evidence_follows_the_seed(dataset):
     first, same, other = (evidence_losses(Model(), dataset, collate, seed=s, progress=False) for s in (0, 0, 1))
     assert first == same and first["random"] != other["random"] and first["retrieved"] == other["retrieved"]
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_random_evidence_comes_from_where_evidence_comes_from():
+    # All evidence has the document number of the first target, which there means another document.
+    evidence = make_documents([[1000 + row] for row in range(12)], document=[0] * 12)
+    dataset = EvidenceDataset(row_documents(N, document=range(N)), num_targets=3, num_evidence=4, evidence=evidence)
+
+    class Embedder:
+        def embed(self, input_ids, attention_mask):
+            return torch.nn.functional.normalize(torch.randn(len(input_ids), 5), dim=-1)
+
+    dataset.rebuild(Embedder(), PAD, progress=False)
+    model = Model()
+    evidence_losses(model, dataset, collate, dataset.documents, progress=False)
+    drawn = torch.cat([call[0].flatten() for call in model.calls[1::3]])
+    assert set(drawn.tolist()) <= set(range(1000, 1012)) and len(set(drawn.tolist())) > 6
 
 
 def test_items_and_max_groups(dataset):

@@ -6,15 +6,26 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from hf_paraphrase_lm import MargeConfig, MargeForConditionalGeneration, MargeForSequenceClassification, MargeModel
-from hf_paraphrase_lm.models.marge.modeling_marge import distillation_loss
+from hf_paraphrase_lm import (
+    DataCollatorForParaphrasing,
+    MargeConfig,
+    MargeForConditionalGeneration,
+    MargeForSequenceClassification,
+    MargeModel,
+)
+from hf_paraphrase_lm.models.marge.modeling_marge import MargeCrossAttention, distillation_loss
 
 from .reference import marge as reference
 from .test_modeling_cocolm import checkpoint_activations
@@ -46,6 +57,12 @@ def make_model(cls=MargeForConditionalGeneration, **changes):
         elif "out_proj" in name or "fc2" in name:
             parameter.data += 0.3 * torch.randn_like(parameter)
     return model
+
+
+def make_tokenizer():
+    vocabulary = {"[CLS]": 0, "[PAD]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 4, **{f"w{i}": i for i in range(5, 60)}}
+    words = models.WordLevel(vocabulary, unk_token="[UNK]")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="[PAD]")
 
 
 def pad(rows, value, length=None):
@@ -114,17 +131,84 @@ def test_eager_equals_sdpa(batch):
     assert_same_gradients(results["eager"][1], results["sdpa"][1])
 
 
-def test_bfloat16_keeps_small_differences_of_relevance(batch):
-    """Scores that differ in the third decimal only must not be rounded to one value."""
+@pytest.fixture
+def only_flash_kernel():
+    """The name of an attention that lets PyTorch run its flash kernel only, and gives it neither bias nor mask."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        assert "position_bias" not in kwargs
+        if isinstance(module, MargeCrossAttention):
+            assert attention_mask is None
+            assert query.shape[-1] == key.shape[-1] == value.shape[-1] and query.shape[-1] % 8 == 0
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("unmasked", attention)
+    AttentionMaskInterface.register("unmasked", sdpa_mask)
+    return "unmasked"
+
+
+@pytest.mark.parametrize("hidden_size", [16, 20])  # heads of 8 and of 10
+@pytest.mark.parametrize("num_evidence", [1, 3, 8])
+def test_flash_kernels_need_no_mask(only_flash_kernel, hidden_size, num_evidence):
+    """Padding, hidden documents and relevance are all in the additional dimensions of queries and keys."""
+    documents = pad(random_ids([3 + i % 5 for i in range(2 * num_evidence)]), 1).view(2, num_evidence, -1)
+    evidence_mask = torch.rand(4, num_evidence, generator=torch.Generator().manual_seed(0)) < 0.6
+    evidence_mask[0] = False
+    batch = {"input_ids": documents, "labels": pad(random_ids([6, 3, 8, 5], seed=1), -100)}
+    results = {}
+    for attention in ("eager", only_flash_kernel):
+        model = make_model(hidden_size=hidden_size)
+        model.set_attn_implementation(attention)
+        scores = torch.rand(4, num_evidence, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        outputs = model(**batch, evidence_mask=evidence_mask, relevance_scores=scores)
+        (gradient,) = torch.autograd.grad(outputs.loss, scores)
+        results[attention] = outputs.logits, gradient, gradients(model, **batch)
+    for first, second in zip(results["eager"][:2], results[only_flash_kernel][:2], strict=True):
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-5)
+    assert_same_gradients(results["eager"][2], results[only_flash_kernel][2])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bfloat16_stays_close(batch, attention):
+    results = []
+    for enabled in (False, True):
+        model = make_model(initializer_range=0.1)
+        model.set_attn_implementation(attention)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = model(**batch)
+            outputs.loss.backward()
+            embeddings = model.embed(batch["labels"].clamp(min=0), batch["labels"] != -100)
+        # Rounded to bfloat16, cosines near 1 would be steps of 0.004.
+        exact = torch.einsum(
+            "gtd,ged->gte", embeddings.unflatten(0, (2, 2)).double(), outputs.document_embeddings.double()
+        )
+        assert outputs.relevance_scores.dtype == torch.float32
+        torch.testing.assert_close(outputs.relevance_scores, exact.flatten(0, 1).float(), rtol=0, atol=1e-6)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((outputs.loss.detach(), gradient))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0.02)
+    assert torch.nn.functional.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.99
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_bfloat16_keeps_small_differences_of_relevance(attention):
+    """Biases of 19.80, 19.84 and 19.88 are one number in bfloat16, but must give three weights."""
     model = make_model()
-    scores = 0.99 + torch.tensor([[0.0, 0.002, 0.004]]).repeat(4, 1)
-    gradient = []
-    for dtype in (torch.float32, torch.bfloat16):
-        leaf = scores.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            loss = model(**batch, relevance_scores=leaf).loss
-        gradient.append(torch.autograd.grad(loss, leaf)[0])
-    assert torch.nn.functional.cosine_similarity(*(g.flatten() for g in gradient), dim=0) > 0.99
+    model.set_attn_implementation(attention)
+    module = model.model.decoder.layers[1].cross_attn
+    for name, parameter in module.named_parameters():
+        parameter.data.zero_()
+        if name in ("v_proj.weight", "out_proj.weight"):
+            parameter.data.copy_(torch.eye(16))
+    module.relevance_weight.data.fill_(20.0)
+    scores, visible = torch.tensor([[0.99, 0.992, 0.994]]), torch.ones(1, 3, dtype=torch.bool)
+    # With queries of 0 the weights are those of relevance alone; a document of unit vectors writes its weight down.
+    evidence = torch.eye(3, 16)[None]
+    output, *_ = module.bfloat16()(
+        torch.ones(1, 1, 16).bfloat16(), evidence.bfloat16(), scores, torch.arange(3)[None], visible
+    )
+    torch.testing.assert_close(output[0, :, :3].float(), (20 * scores).softmax(-1), rtol=0, atol=2e-3)
 
 
 def test_paper_size():
@@ -190,6 +274,56 @@ def test_masked_document_has_no_influence_and_no_gradient(batch, attention):
     }
     expected = model(**without, evidence_mask=evidence_mask[:, [0, 2]], relevance_scores=scores[:, [0, 2]])
     torch.testing.assert_close(outputs.logits, expected.logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_document_gets_no_gradient(batch, attention):
+    model = make_model()
+    model.set_attn_implementation(attention)
+    vectors = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    evidence_mask = torch.tensor([[True, False, True], [True, False, True], [False, True, True], [True, True, True]])
+    inputs = {"inputs_embeds": vectors, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    (gradient,) = torch.autograd.grad(model(**inputs, evidence_mask=evidence_mask.long()).loss, vectors)
+    size = gradient.abs().sum((-1, -2))
+    assert size[0, 1] == 0  # hidden from both targets of its group
+    assert (size.flatten()[[0, 2, 3, 4, 5]] > 0).all()
+
+
+def test_groups_of_different_sizes_are_as_if_alone():
+    """What the collator fills up with, documents of padding and targets of -100, changes neither loss nor gradient."""
+    documents, targets = random_ids([6, 4, 7, 5]), random_ids([5, 3, 6, 2], seed=1)
+    groups = [
+        {"input_ids": documents[:3], "labels": targets[:1], "evidence_mask": [[True, False, True]]},
+        {"input_ids": documents[3:], "labels": targets[1:], "evidence_mask": [[True], [False], [True]]},
+    ]
+    collator, model = DataCollatorForParaphrasing(make_tokenizer()), make_model()
+    together = gradients(model, **collator(groups), num_items_in_batch=16)
+    alone = [gradients(model, **collator([group]), num_items_in_batch=16) for group in groups]
+    assert_same_gradients({name: sum(part[name] for part in alone) for name in together}, together)
+    loss = model(**collator(groups)).loss * 16
+    parts = [model(**collator([group])).loss * n for group, n in zip(groups, (5, 11), strict=True)]
+    torch.testing.assert_close(loss, sum(parts))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_smallest_batches(attention):
+    model = make_model()
+    model.set_attn_implementation(attention)
+    ids, token = torch.tensor([[0, 7, 2]]), torch.tensor([[9]])
+    expected = model(ids, labels=token)
+    for same in (ids[None], torch.stack([ids, torch.ones_like(ids)], dim=1)):  # and a second document of padding only
+        torch.testing.assert_close(model(same, labels=token).loss, expected.loss)
+    # Padding only is as good as no evidence at all.
+    nothing = model(torch.ones_like(ids), labels=token)
+    hidden = model(ids, labels=token, evidence_mask=torch.tensor([[False]]))
+    torch.testing.assert_close(nothing.logits, hidden.logits)
+    assert not torch.allclose(nothing.logits, expected.logits)
+    for input_ids in (torch.ones_like(ids), torch.ones(1, 3, 4, dtype=torch.long)):
+        assert all(
+            gradient.isfinite().all() for gradient in gradients(model, input_ids=input_ids, labels=token).values()
+        )
+        assert model.generate(input_ids, max_new_tokens=3).shape[0] == 1
+    assert model(ids, labels=torch.tensor([[-100]])).loss == 0
 
 
 def test_target_without_evidence_reads_nothing(batch):
@@ -355,6 +489,27 @@ def test_generation_of_a_batch_equals_one_by_one(batch):
     assert together.tolist() == [ids.tolist() for ids in alone]
 
 
+@pytest.mark.parametrize("num_evidence", [1, 2, 8])
+def test_beams_read_the_evidence_of_their_row(num_evidence):
+    """With beams, scores of a search and any number of documents, a batch is as its rows alone."""
+    model = make_model()
+    documents = pad(random_ids([3 + i % 6 for i in range(3 * num_evidence)]), 1).view(3, num_evidence, -1)
+    scores = torch.rand(3, num_evidence, generator=torch.Generator().manual_seed(0))
+    visible = torch.ones(3, num_evidence, dtype=torch.bool)
+    visible[1, 1:] = False
+    settings = {"num_beams": 3, "num_return_sequences": 2, "min_new_tokens": 6, "max_new_tokens": 6}
+    settings |= {"return_dict_in_generate": True, "output_scores": True}
+    together = model.generate(documents, relevance_scores=scores, evidence_mask=visible, **settings)
+    rows = [{"relevance_scores": scores[i][None], "evidence_mask": visible[i][None]} for i in range(3)]
+    alone = [model.generate(ids[None], **row, **settings) for ids, row in zip(documents, rows, strict=True)]
+    assert together.sequences.tolist() == [ids for row in alone for ids in row.sequences.tolist()]
+    expected = torch.cat([row.sequences_scores for row in alone])
+    torch.testing.assert_close(together.sequences_scores, expected, rtol=0, atol=1e-5)
+    assert expected.diff().abs().min() > 1e-3
+    if num_evidence == 1:
+        assert torch.equal(model.generate(documents[:, 0], **settings).sequences, together.sequences)
+
+
 def test_relevance_steers_generation(batch):
     model = make_model()
     for name, parameter in model.named_parameters():
@@ -367,6 +522,58 @@ def test_relevance_steers_generation(batch):
         mask = scores.bool()
         assert model.generate(batch["input_ids"], evidence_mask=mask, max_new_tokens=8).tolist() == only[j]
     assert only[0] != only[1]
+
+
+def test_relevance_is_that_of_the_document_without_its_language(batch):
+    """A language token before [CLS] is predicted, but the relevance is what search in an index gives."""
+    model = make_model()
+    languages = torch.tensor([5, 6, 5, 5])[:, None]
+    steered = {**batch, "labels": torch.cat([languages, batch["labels"]], dim=1)}
+    outputs = model(**steered)
+    torch.testing.assert_close(outputs.relevance_scores, model(**batch).relevance_scores, rtol=0, atol=1e-6)
+    assert outputs.logits.shape[1] == batch["labels"].shape[1] + 1
+    # In the place of the start token, the language is in the decoder's input alone.
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(batch["labels"])
+    decoder_input_ids[:, :1] = languages
+    first = model(**batch, decoder_input_ids=decoder_input_ids)
+    torch.testing.assert_close(first.relevance_scores, outputs.relevance_scores, rtol=0, atol=1e-6)
+    assert not torch.allclose(first.logits, model(**batch).logits)
+    written = model.generate(batch["input_ids"], decoder_start_token_id=[5, 6], max_new_tokens=4)
+    assert written[:, 0].tolist() == [5, 6]
+    # A document that begins with neither a language nor [CLS], or has one token only, is taken as it is.
+    for labels in (torch.tensor([[7, 8, 0, 2], [0, 0, 9, 2]]), torch.tensor([[5], [0]])):
+        relevance = model(batch["input_ids"], labels=labels).relevance_scores
+        expected = torch.einsum("gd,ged->ge", model.embed(labels), model.embed(batch["input_ids"]))
+        torch.testing.assert_close(relevance, expected, rtol=0, atol=1e-6)
+
+
+def test_language_token_steers_generation():
+    """One model writes a document's words (token 5), or their translations, 10 higher (token 6), as it is told."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "decoder_intermediate_size": 64, "initializer_range": 0.1}
+    config = MargeConfig(**{**SIZES, **sizes}, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    model, collator = MargeForConditionalGeneration(config), DataCollatorForParaphrasing(make_tokenizer())
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def target(words, language):
+        return [language, 0, *(words + 10 * (language - 5)).tolist(), 2]
+
+    for _ in range(150):
+        texts = torch.randint(10, 20, (16, 2))
+        groups = [{"input_ids": [[0, *w.tolist(), 2]], "labels": [target(w, 5), target(w, 6)]} for w in texts]
+        optimizer.zero_grad()
+        model(**collator(groups)).loss.backward()
+        optimizer.step()
+    model.eval()
+    texts = torch.randint(10, 20, (8, 2))
+    evidence = torch.cat([torch.zeros(8, 1).long(), texts, torch.full((8, 1), 2)], dim=1)
+    for language in (5, 6):
+        written = model.generate(evidence, forced_bos_token_id=language, max_new_tokens=8)
+        assert written[:, 1:].tolist() == [target(words, language) for words in texts]
+    languages = [5, 6] * 4
+    prefix = torch.tensor([[config.decoder_start_token_id, language] for language in languages])
+    written = model.generate(evidence[:, None], decoder_input_ids=prefix, num_beams=2, max_new_tokens=8)
+    assert written[:, 1:].tolist() == [target(*pair) for pair in zip(texts, languages, strict=True)]
 
 
 def test_one_batch_can_be_overfitted(batch):
@@ -439,14 +646,31 @@ def test_hidden_states_and_attentions(batch):
     assert isinstance(model(**batch, return_dict=False), tuple)
 
 
+def test_middle_layer_for_sentence_retrieval(batch):
+    """Hidden states are of one document each, so that the mean over its tokens stands for it, whatever the padding."""
+    model = make_model()
+    documents, mask = batch["input_ids"].flatten(0, 1), batch["attention_mask"].flatten(0, 1).unsqueeze(-1)
+    states = model.get_encoder()(documents, output_hidden_states=True).hidden_states
+    for layer in range(4):
+        mean = (states[layer] * mask).sum(1) / mask.sum(1)
+        naive = torch.stack(
+            [reference.layer_states(model.model.encoder, i[i != 1].tolist(), layer).mean(0) for i in documents]
+        )
+        torch.testing.assert_close(mean, naive, rtol=0, atol=1e-5)
+
+
 def test_sequence_classification(batch):
     model = make_model(MargeForSequenceClassification, num_labels=3)
     ids = batch["input_ids"][0]
     outputs = model(ids, labels=torch.tensor([0, 2, 1]))
     outputs.loss.backward()
     assert outputs.logits.shape == (3, 3)
-    alone = torch.cat([model(row[row != 1][None]).logits for row in ids])
-    torch.testing.assert_close(outputs.logits, alone, rtol=0, atol=1e-5)
+    alone = torch.stack([reference.classify(model, row[row != 1].tolist()) for row in ids])
+    torch.testing.assert_close(outputs.logits, alone, rtol=0, atol=2e-5)
+    several = make_model(MargeForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
+    truth = torch.tensor([[1.0, 0.0, 1.0]] * 3)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs.logits, truth)
+    torch.testing.assert_close(several(ids, labels=truth).loss, loss)
     regression = make_model(MargeForSequenceClassification, num_labels=1)
     value = regression(ids, labels=torch.tensor([0.5, 1.0, 2.0]))
     torch.testing.assert_close(value.loss, (value.logits[:, 0] - torch.tensor([0.5, 1.0, 2.0])).square().mean())
@@ -454,10 +678,7 @@ def test_sequence_classification(batch):
 
 def test_stock_seq2seq_fine_tuning(tmp_path):
     """The trainer and the collator that people use for BART and T5 work unchanged on one document a target."""
-    vocabulary = {"[CLS]": 0, "[PAD]": 1, "[SEP]": 2, "[UNK]": 3, "[MASK]": 4, **{f"w{i}": i for i in range(5, 60)}}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]")), pad_token="[PAD]"
-    )
+    tokenizer = make_tokenizer()
     model = make_model()
     rows = {"input_ids": random_ids([5, 7, 4, 6]), "labels": random_ids([4, 5, 6, 3], seed=1)}
     trainer = Seq2SeqTrainer(
@@ -564,6 +785,15 @@ def test_bad_input(batch):
     )
     with pytest.raises(ValueError, match=re.escape(sentence)):
         model(torch.zeros(1, 40, dtype=torch.long), labels=batch["labels"][:1])
+    sentence = (
+        "Token ids must be from 0 to 59, below the model's vocab_size, but got ids from 0 to 60. The text comes from "
+        "another tokenizer, or from one with tokens that model.resize_token_embeddings(len(tokenizer)) has not been "
+        "told of."
+    )
+    foreign = torch.tensor([[0, 60, 2]])
+    for run in (model.embed, model.get_encoder(), lambda ids: model(batch["input_ids"][:1], labels=ids)):
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            run(foreign)
     with pytest.raises(ValueError, match=re.escape("Expected exactly one of decoder_input_ids and decoder_inputs")):
         model(batch["input_ids"])
     sentence = (

@@ -16,7 +16,12 @@ from ..retrieval import EvidenceDataset, evaluation_mode
 QUERIES_PER_BLOCK = 1024
 
 
-def recall_at_k(embeddings: np.ndarray | torch.Tensor, groups: Sequence[int], k: int = 1) -> float:
+def recall_at_k(
+    embeddings: np.ndarray | torch.Tensor,
+    groups: Sequence[int],
+    k: int = 1,
+    languages: Sequence[str | None] | None = None,
+) -> float:
     """Share of the documents with a known paraphrase that have one among their k nearest others.
 
     Args:
@@ -25,6 +30,8 @@ def recall_at_k(embeddings: np.ndarray | torch.Tensor, groups: Sequence[int], k:
             paraphrase. These are distractors, never queries; neither is the only document of a group, which has nothing
             to find.
         k: how many of the nearest others count.
+        languages: str `(n,)`, "" or None where it is not known. If given, others are those of another language only,
+            and documents of unknown language are left out: the recall of translations.
 
     Raises:
         ValueError: shapes that do not fit, values that are not finite, k out of range, no query.
@@ -36,20 +43,32 @@ def recall_at_k(embeddings: np.ndarray | torch.Tensor, groups: Sequence[int], k:
             f"embeddings must have the shape (n, dim) and groups (n,), but got {tuple(embeddings.shape)} and "
             f"{tuple(groups.shape)}."
         )
+    if languages is not None and len(languages) != len(groups):
+        raise ValueError(f"languages must be one a document, but got {len(languages)} for {len(groups)} documents.")
     if not 1 <= k < len(groups):
         raise ValueError(f"k must be between 1 and {len(groups) - 1}, the number of other documents, but got {k}.")
     if not embeddings.isfinite().all():
         raise ValueError("embeddings must be finite, but have NaN or infinite values.")
-    _, group, size = groups.unique(return_inverse=True, return_counts=True)
-    queries = ((groups != -1) & (size[group] > 1)).nonzero()[:, 0]
+    # Without languages, every document is of another one.
+    numbers: dict = {"": -1, None: -1}
+    names = range(len(groups)) if languages is None else languages
+    kinds = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], device=groups.device)
+    is_known = (groups != -1) & (kinds != -1)
+    found_in, _ = torch.stack([groups, kinds])[:, is_known].unique(dim=1)
+    several, count = found_in.unique(return_counts=True)
+    queries = (is_known & torch.isin(groups, several[count > 1])).nonzero()[:, 0]
     if len(queries) == 0:
-        raise ValueError("groups must hold two documents of one group at least, but there is nothing to find.")
+        raise ValueError(
+            f"groups must hold two documents of one group{' in two languages' if languages is not None else ''} at "
+            "least, but there is nothing to find."
+        )
     found = 0
     for block in queries.split(QUERIES_PER_BLOCK):
         scores = embeddings[block] @ embeddings.T
-        scores[torch.arange(len(block)), block] = -torch.inf
-        nearest = scores.topk(k).indices
-        found += int((groups[nearest] == groups[block, None]).any(dim=1).sum())
+        scores.masked_fill_((kinds[block, None] == kinds) | (kinds == -1), -torch.inf)
+        best, nearest = scores.topk(k)
+        is_paraphrase = (groups[nearest] == groups[block, None]) & (best > -torch.inf)
+        found += int(is_paraphrase.any(dim=1).sum())
     return found / len(queries)
 
 
@@ -70,7 +89,8 @@ def evidence_losses(
         model: its `model(**batch).loss` is the mean over the labels that are not -100; one group is one batch.
         groups: an `EvidenceDataset`, or some of its items, for example held-out ones.
         collator: list of items -> batch of tensors, with the key `labels`; `DataCollatorForParaphrasing`.
-        documents: the corpus that the items' rows belong to; that of the dataset if None.
+        documents: the corpus that the rows of items index, of targets and of evidence; not needed for an
+            `EvidenceDataset`, which has its own.
         max_groups: only so many groups, the first ones; all if None.
         seed: of the random evidence.
         progress: show a bar.
@@ -83,8 +103,10 @@ def evidence_losses(
     Raises:
         ValueError: no groups; items without `documents`; a corpus that has no document but the targets'.
     """
+    has_own_evidence = False
     if isinstance(groups, EvidenceDataset):
-        documents = groups.documents if documents is None else documents
+        has_own_evidence = groups.evidence is not groups.documents
+        documents = groups.evidence
         # Without groups, reading the first item raises the error that says what to do.
         groups = [groups[i] for i in range(max(1, groups.num_groups))[:max_groups]]
     groups = groups[:max_groups]
@@ -101,7 +123,9 @@ def evidence_losses(
     tokens = 0
     with evaluation_mode(model) as device:
         for group in tqdm(groups, desc="evidence losses", disable=not progress):
-            others = np.flatnonzero(~np.isin(document_ids, document_ids[group["target_rows"]]))
+            # A corpus of evidence alone has no documents of the targets.
+            own = [] if has_own_evidence else document_ids[group["target_rows"]]
+            others = np.flatnonzero(~np.isin(document_ids, own))
             if len(others) == 0:
                 raise ValueError(
                     f"There is no random evidence for the targets {group['target_rows']}: every row of the corpus is a "

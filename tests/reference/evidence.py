@@ -67,7 +67,9 @@ def inner_weight(weight, targets, evidence):
     return sum(weight.get((t, e), 0.0) for t in targets for e in evidence)
 
 
-def grow_groups(weight, num_targets, num_evidence, order):
+def grow_groups(
+    weight, num_targets, num_evidence, order, target_tokens=None, evidence_tokens=None, max_tokens=math.inf
+):
     """Greedy groups: `order` lists the targets as seeds. Every step tries every candidate."""
     free = list(order)
     all_evidence = sorted({e for _, e in weight})
@@ -81,23 +83,35 @@ def grow_groups(weight, num_targets, num_evidence, order):
         best = max(gains, key=gains.get, default=None)
         return best if best is not None and gains[best] > 0 else None
 
+    def fits(targets, evidence):
+        if target_tokens is None:
+            return True
+        return sum(target_tokens[t] for t in targets) + sum(evidence_tokens[e] for e in evidence) <= max_tokens
+
     while free:
         targets, evidence = [], []
         joining = free[0]
         while joining is not None:
-            unrelated = gain_of_target(joining, evidence) == 0
+            brought = []
+            if gain_of_target(joining, evidence) == 0:
+                brought = [best_evidence([*targets, joining], evidence, [e for t, e in weight if t == joining])]
+            if not fits([*targets, joining], evidence + brought):
+                break
             targets.append(joining)
             free.remove(joining)
-            if unrelated:
-                evidence.append(best_evidence(targets, evidence, [e for t, e in weight if t == joining]))
+            evidence += brought
             # The evidence is filled up as far as the targets are: e / num_evidence >= t / num_targets.
+            is_closed = False
             while len(evidence) < num_evidence and len(evidence) / num_evidence < len(targets) / num_targets:
                 more = best_evidence(targets, evidence)
                 if more is None:
                     break
+                if not fits(targets, [*evidence, more]):
+                    is_closed = True
+                    break
                 evidence.append(more)
             joining = None
-            if len(targets) < num_targets and free:
+            if len(targets) < num_targets and free and not is_closed:
                 joining = max(free, key=lambda t: gain_of_target(t, evidence))
                 if gain_of_target(joining, evidence) == 0:
                     joining = free[0] if len(evidence) < num_evidence else None

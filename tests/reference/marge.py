@@ -40,16 +40,21 @@ def embed_tokens(stack, ids):
     return torch.stack([stack.embed_tokens.weight[t] + stack.embed_positions.weight[i] for i, t in enumerate(ids)])
 
 
-def encode(encoder, ids):
-    """(length,) ids -> (length, hidden) states and the (hidden,) document embedding g."""
+def layer_states(encoder, ids, number):
+    """(length,) ids -> (length, hidden) states after `number` layers of the encoder."""
     x = embed_tokens(encoder, ids)
-    for number, layer in enumerate(encoder.layers, start=1):
+    for layer in encoder.layers[:number]:
         y = norm(x, layer.self_attn_layer_norm)
         x = x + attend(layer.self_attn, y, y)
         x = x + feed_forward(layer, x)
-        if number == encoder.config.retrieval_layers:
-            g = x[0] / x[0].norm()
-    return norm(x, encoder.final_layer_norm), g
+    return x
+
+
+def encode(encoder, ids):
+    """(length,) ids -> (length, hidden) states and the (hidden,) document embedding g."""
+    first = layer_states(encoder, ids, encoder.config.retrieval_layers)[0]
+    states = layer_states(encoder, ids, encoder.config.encoder_layers)
+    return norm(states, encoder.final_layer_norm), first / first.norm()
 
 
 def decode(decoder, ids, documents, relevance):
@@ -77,6 +82,12 @@ def reconstruct(model, evidence, target):
     scores = states @ model.model.shared.weight.T
     log_probs = scores - scores.exp().sum(-1, keepdim=True).log()
     return log_probs, -sum(log_probs[i, t] for i, t in enumerate(target)), torch.stack(relevance)
+
+
+def classify(model, ids):
+    """(length,) ids, in the encoder and, not shifted, in the decoder -> (num_labels,) scores of its last state."""
+    document, _ = encode(model.model.encoder, ids)
+    return model.classifier(decode(model.model.decoder, ids, [document], [1.0])[-1])
 
 
 def distillation(evidence_logits, relevance, evidence_mask, num_tokens):

@@ -35,6 +35,10 @@ class MargeConfig(PreTrainedConfig):
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights (our choice).
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm (our choice).
         classifier_dropout (`float`, *optional*): Dropout of the classification head; `hidden_dropout_prob` if `None`.
+        bos_token_id, eos_token_id, pad_token_id (`int`, default to 0, 2 and 1):
+            Tokens that a document starts and ends with, and padding: [CLS], [SEP] and [PAD] of `train_tokenizer`. What
+            stands before `bos_token_id` in a target is a language token, see [`MargeForConditionalGeneration`].
+        decoder_start_token_id (`int`, defaults to 2): What the decoder starts from.
 
     Raises:
         ValueError: If sizes contradict each other; the sentence names the field, its value and the bound.

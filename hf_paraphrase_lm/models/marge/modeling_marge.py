@@ -30,12 +30,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     ModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
     Seq2SeqSequenceClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import maybe_autocast, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_marge import MargeConfig
@@ -81,59 +83,37 @@ class MargeDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 @dataclass
-class MargeModelOutput(ModelOutput):
-    """Output of [`MargeModel`].
+class MargeModelOutput(Seq2SeqModelOutput):
+    """Output of [`MargeModel`]: the usual fields of an encoder-decoder, and what retrieval adds.
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Decoder states.
-        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
-        distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`distillation_loss`].
-        past_key_values (`EncoderDecoderCache`, *optional*): Keys and values of earlier steps.
-        decoder_hidden_states, decoder_attentions, cross_attentions, encoder_hidden_states, encoder_attentions:
-            Tuples of tensors, one a layer, on request.
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(groups, num_evidence * length, hidden_size)`):
             Encoded evidence.
-        document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`): g(z).
+        document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`, float32): g(z).
+        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
+        distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`distillation_loss`].
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
+    document_embeddings: torch.FloatTensor | None = None
     relevance_scores: torch.FloatTensor | None = None
     distillation_loss: torch.FloatTensor | None = None
-    past_key_values: EncoderDecoderCache | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    document_embeddings: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
-class MargeLMOutput(ModelOutput):
+class MargeLMOutput(Seq2SeqLMOutput):
     """Output of [`MargeForConditionalGeneration`].
 
     Args:
         loss (`torch.FloatTensor` of shape `()`, nats a token): Reconstruction loss, plus the distillation loss times
             its weight.
         logits (`torch.FloatTensor` of shape `(targets, target_length, vocab_size)`): Scores before the softmax.
-        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
-        distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): KL(cross-attention || relevance).
-        past_key_values and the remaining fields: See [`MargeModelOutput`].
+        document_embeddings, relevance_scores, distillation_loss and the remaining fields: See [`MargeModelOutput`].
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    document_embeddings: torch.FloatTensor | None = None
     relevance_scores: torch.FloatTensor | None = None
     distillation_loss: torch.FloatTensor | None = None
-    past_key_values: EncoderDecoderCache | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    document_embeddings: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 def eager_attention_forward(
@@ -207,20 +187,18 @@ class MargeAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
 
+        dropout = self.dropout if dropout and self.training else 0.0
+        output, weights = self.attend(
+            query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        return self.out_proj(output.flatten(2)), weights
+
+    def attend(self, *args, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The kernel that `attn_implementation` names, on (batch, heads, length, head_dim)."""
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.dropout if dropout and self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.out_proj(output.flatten(2)), weights
+        return attention(self, *args, **kwargs)
 
 
 class MargeCrossAttention(MargeAttention):
@@ -230,9 +208,14 @@ class MargeCrossAttention(MargeAttention):
 
     Keys and values are computed once a group; the queries of a group's targets stand one after the other.
 
-    The bias is the same for all tokens of a document. So `num_evidence` additional dimensions carry it: the query holds
-    beta * f(x_i, z_1..M) there, a key the one-hot vector of its document. That is exact, and kernels that give no
-    gradient to an additive bias (all fused ones) can be used. Eager attention adds the bias in the plain way.
+    The bias is the same for all tokens of a document. So it goes through additional dimensions, one a document and one
+    for padding: a key holds the one-hot vector of its document there, a query beta * f(x_i, z_1..M), and a score that
+    hides it wherever it must not look. No mask and no bias of the size of the scores exists, so that every kernel can
+    be used, also those that take neither (FlashAttention) or give no gradient to it (all fused ones); head_dim is
+    rounded up to a multiple of 8, as they ask for. One dimension alone would do only where no target shares its
+    evidence. This is the way of every `attn_implementation` but "eager", which adds a bias of the size of the scores:
+    through SDPA on a CPU (4 heads, 2048 queries on 2048 keys, with gradients) 65 MiB and 0.4 s instead of 277 MiB and
+    0.9 s with such a bias.
     """
 
     def __init__(self, config: MargeConfig, layer_idx: int):
@@ -243,8 +226,8 @@ class MargeCrossAttention(MargeAttention):
         self,
         hidden_states: torch.Tensor,  # (targets, target_length, hidden)
         evidence_states: torch.Tensor,  # (groups, num_evidence * length, hidden)
-        evidence_attention_mask: torch.Tensor | None,
         relevance_scores: torch.Tensor,  # (targets, num_evidence)
+        token_documents: torch.Tensor,  # (groups, num_evidence * length), each token's document; padding: num_evidence
         evidence_mask: torch.Tensor,  # (targets, num_evidence)
         token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
@@ -253,6 +236,7 @@ class MargeCrossAttention(MargeAttention):
         num_targets, target_length, hidden_size = hidden_states.shape
         groups, num_evidence = evidence_states.shape[0], relevance_scores.shape[1]
         eager = self.config._attn_implementation == "eager"
+        added = -(-(self.head_dim + num_evidence + 1) // 8) * 8 - self.head_dim
         # Scaled here: the backend then has nothing to multiply, so the additional dimensions stay as they are.
         query = self.split_heads((self.q_proj(hidden_states) * self.scaling).view(groups, -1, hidden_size))
 
@@ -263,41 +247,28 @@ class MargeCrossAttention(MargeAttention):
             key = self.split_heads(self.k_proj(evidence_states))  # (groups, heads, num_evidence * length, head_dim)
             value = self.split_heads(self.v_proj(evidence_states))
             if not eager:
-                one_hot = torch.eye(num_evidence, -(-num_evidence // 8) * 8, dtype=key.dtype, device=key.device)
-                one_hot = one_hot.repeat_interleave(key.shape[2] // num_evidence, dim=0)
-                key = torch.cat([key, one_hot.expand(*key.shape[:2], -1, -1)], dim=-1)
-                # Fused kernels want one head_dim for queries, keys and values, and a multiple of 8.
-                value = nn.functional.pad(value, (0, one_hot.shape[-1]))
+                one_hot = torch.eye(num_evidence + 1, added, dtype=key.dtype, device=key.device)[token_documents]
+                key = torch.cat([key, one_hot.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
+                # Fused kernels want one head_dim for queries, keys and values.
+                value = nn.functional.pad(value, (0, added))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
                 past_key_values.is_updated[self.layer_idx] = True
 
         bias = self.relevance_weight.float() * relevance_scores
-        # A softmax ignores what all its inputs share. Without that share, bf16 keeps the differences between documents.
+        # A softmax ignores what all its inputs share. Without that share b <= 0, and rounding b to bf16 changes no
+        # weight by more than |b| e^b / 512 < 0.001 of the largest, so that a second, finer part of b is not needed.
         bias = bias - bias.detach().masked_fill(~evidence_mask, torch.finfo(bias.dtype).min).amax(-1, keepdim=True)
-        bias = bias.masked_fill(~evidence_mask, HIDDEN_SCORE).to(query.dtype)
-        bias = bias.repeat_interleave(target_length, dim=0).view(groups, 1, -1, num_evidence)
-        if eager:
-            bias = bias.repeat_interleave(key.shape[2] // num_evidence, dim=-1)
-            kwargs["position_bias"] = bias  # (groups, 1, queries, num_evidence * length)
+        bias = bias.masked_fill(~evidence_mask, HIDDEN_SCORE)
+        bias = nn.functional.pad(bias, (0, added - num_evidence), value=HIDDEN_SCORE).to(query.dtype)
+        bias = bias.repeat_interleave(target_length, dim=0).view(groups, 1, -1, added)
+        if eager:  # (groups, 1, queries, num_evidence * length)
+            kwargs["position_bias"] = bias.gather(-1, token_documents[:, None, None].expand(-1, -1, bias.shape[2], -1))
         else:
-            padding = key.shape[-1] - self.head_dim - num_evidence
-            bias = nn.functional.pad(bias, (0, padding)).expand(-1, self.num_heads, -1, -1)
-            query = torch.cat([query, bias], dim=-1)
+            query = torch.cat([query, bias.expand(-1, self.num_heads, -1, -1)], dim=-1)
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            evidence_attention_mask,
-            dropout=self.dropout if self.training else 0.0,
-            scaling=1.0,
-            **kwargs,
-        )
+        dropout = self.dropout if self.training else 0.0
+        output, weights = self.attend(query, key, value, None, scaling=1.0, dropout=dropout, **kwargs)
         output = output[..., : self.head_dim].reshape(num_targets, target_length, hidden_size)
         if weights is not None:  # (groups, heads, queries, keys) -> (targets, heads, target_length, keys)
             weights = weights.unflatten(2, (-1, target_length)).transpose(1, 2).flatten(0, 1)
@@ -338,14 +309,30 @@ class MargeFeedForward(nn.Module):
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
 
-class MargeEncoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: MargeConfig, layer_idx: int):
+class MargeLayer(GradientCheckpointingLayer):
+    """What layers of encoder and decoder share."""
+
+    def __init__(
+        self, config: MargeConfig, layer_idx: int, intermediate_size: int, is_decoder: bool, reads_evidence: bool
+    ):
         super().__init__()
         self.dropout = config.hidden_dropout_prob
         self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = MargeAttention(config, layer_idx, is_decoder=False, is_causal=False)
+        self.self_attn = MargeAttention(config, layer_idx, is_decoder, is_causal=is_decoder)
+        self.cross_attn = None
+        if reads_evidence:
+            self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.cross_attn = MargeCrossAttention(config, layer_idx)
         self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MargeFeedForward(config, config.encoder_intermediate_size, is_decoder=False)
+        self.mlp = MargeFeedForward(config, intermediate_size, is_decoder)
+
+    def add(self, hidden_states: torch.Tensor, output: torch.Tensor, dropout: bool = True) -> torch.Tensor:
+        return hidden_states + nn.functional.dropout(output, p=self.dropout, training=dropout and self.training)
+
+
+class MargeEncoderLayer(MargeLayer):
+    def __init__(self, config: MargeConfig, layer_idx: int):
+        super().__init__(config, layer_idx, config.encoder_intermediate_size, is_decoder=False, reads_evidence=False)
 
     def forward(
         self,
@@ -354,31 +341,18 @@ class MargeEncoderLayer(GradientCheckpointingLayer):
         dropout: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        p = self.dropout if dropout and self.training else 0.0
         output, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, dropout=dropout, **kwargs)
-        hidden_states = hidden_states + nn.functional.dropout(output, p=p)
-        output = self.mlp(self.mlp_layer_norm(hidden_states))
-        return hidden_states + nn.functional.dropout(output, p=p)
+        hidden_states = self.add(hidden_states, output, dropout)
+        return self.add(hidden_states, self.mlp(self.mlp_layer_norm(hidden_states)), dropout)
 
 
-class MargeDecoderLayer(GradientCheckpointingLayer):
+class MargeDecoderLayer(MargeLayer):
     """One decoder layer. The base layers, at the bottom, have no cross-attention (paper, section 2.2)."""
 
     def __init__(self, config: MargeConfig, layer_idx: int):
-        super().__init__()
         is_base = layer_idx < config.decoder_base_layers
-        self.dropout = config.hidden_dropout_prob
-        self.self_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = MargeAttention(config, layer_idx, is_decoder=True, is_causal=True)
-        if is_base:
-            self.cross_attn = None
-            intermediate_size = config.decoder_base_intermediate_size
-        else:
-            self.cross_attn_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-            self.cross_attn = MargeCrossAttention(config, layer_idx)
-            intermediate_size = config.decoder_intermediate_size
-        self.mlp_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MargeFeedForward(config, intermediate_size, is_decoder=True)
+        size = config.decoder_base_intermediate_size if is_base else config.decoder_intermediate_size
+        super().__init__(config, layer_idx, size, is_decoder=True, reads_evidence=not is_base)
 
     def forward(
         self,
@@ -387,32 +361,30 @@ class MargeDecoderLayer(GradientCheckpointingLayer):
         # Positional from here: reentrant gradient checkpointing passes gradients to positional arguments only.
         evidence_states: torch.Tensor,
         relevance_scores: torch.Tensor,
-        evidence_attention_mask: torch.Tensor | None = None,
-        evidence_mask: torch.Tensor | None = None,
+        token_documents: torch.Tensor,
+        evidence_mask: torch.Tensor,
         token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        p = self.dropout if self.training else 0.0
         output, _ = self.self_attn(
             self.self_attn_layer_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
         )
-        hidden_states = hidden_states + nn.functional.dropout(output, p=p)
+        hidden_states = self.add(hidden_states, output)
         evidence_logits = None
         if self.cross_attn is not None:
             output, _, evidence_logits = self.cross_attn(
                 self.cross_attn_layer_norm(hidden_states),
                 evidence_states,
-                evidence_attention_mask,
                 relevance_scores,
+                token_documents,
                 evidence_mask,
                 token_masks=token_masks,
                 past_key_values=past_key_values,
                 **kwargs,
             )
-            hidden_states = hidden_states + nn.functional.dropout(output, p=p)
-        output = self.mlp(self.mlp_layer_norm(hidden_states))
-        return hidden_states + nn.functional.dropout(output, p=p), evidence_logits
+            hidden_states = self.add(hidden_states, output)
+        return self.add(hidden_states, self.mlp(self.mlp_layer_norm(hidden_states))), evidence_logits
 
 
 class MargePreTrainedModel(PreTrainedModel):
@@ -424,6 +396,7 @@ class MargePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["MargeEncoderLayer", "MargeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
 
@@ -449,6 +422,16 @@ class MargeStack(MargePreTrainedModel):
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+
+    def embed_ids(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"Token ids must be from 0 to {self.embed_tokens.num_embeddings - 1}, below the model's vocab_size, "
+                f"but got ids from {input_ids.min()} to {input_ids.max()}. The text comes from another tokenizer, or "
+                "from one with tokens that model.resize_token_embeddings(len(tokenizer)) has not been told of."
+            ) from error
 
     def add_positions(self, inputs_embeds: torch.Tensor, start: int | torch.Tensor = 0) -> torch.Tensor:
         length, limit = inputs_embeds.shape[1], self.config.max_position_embeddings
@@ -479,7 +462,7 @@ class MargeEncoder(MargeStack):
         if attention_mask is None:
             attention_mask = mask_of(input_ids, self.config.pad_token_id)
         length = input_ids.shape[-1]
-        hidden_states = self.add_positions(self.embed_tokens(input_ids.reshape(-1, length)))
+        hidden_states = self.add_positions(self.embed_ids(input_ids.reshape(-1, length)))
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask.reshape(-1, length))
         for layer in self.layers[: self.config.retrieval_layers]:
             hidden_states = layer(hidden_states, mask, dropout=False)
@@ -505,7 +488,7 @@ class MargeEncoder(MargeStack):
             )
         groups, num_evidence, length = shape[0], shape[1] if len(shape) == 3 else 1, shape[-1]
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_ids(input_ids)
             if attention_mask is None:
                 attention_mask = mask_of(input_ids, self.config.pad_token_id)
         inputs_embeds = inputs_embeds.reshape(-1, length, self.config.hidden_size)
@@ -515,15 +498,14 @@ class MargeEncoder(MargeStack):
         # Where relevance is trained, its embeddings must be those of the index. So no dropout below them (our choice).
         dropout = num_evidence == 1
         hidden_states = self.add_positions(inputs_embeds)
-        p = self.config.hidden_dropout_prob if dropout and self.training else 0.0
-        hidden_states = nn.functional.dropout(hidden_states, p=p)
+        p = self.config.hidden_dropout_prob
+        hidden_states = nn.functional.dropout(hidden_states, p=p, training=dropout and self.training)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        for index, layer in enumerate(self.layers):
-            hidden_states = layer(
-                hidden_states, mask, dropout=dropout or index >= self.config.retrieval_layers, **kwargs
-            )
-            if index + 1 == self.config.retrieval_layers:
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states = layer(hidden_states, mask, dropout=dropout, **kwargs)
+            if number == self.config.retrieval_layers:
                 document_embeddings = first_token_embedding(hidden_states).view(groups, num_evidence, -1)
+                dropout = True
         return MargeEncoderOutput(
             last_hidden_state=self.final_layer_norm(hidden_states).view(groups, num_evidence * length, -1),
             document_embeddings=document_embeddings,
@@ -552,8 +534,8 @@ class MargeDecoder(MargeStack):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         evidence_states: torch.FloatTensor | None = None,
-        evidence_attention_mask: torch.Tensor | None = None,
         relevance_scores: torch.FloatTensor | None = None,
+        token_documents: torch.LongTensor | None = None,
         evidence_mask: torch.BoolTensor | None = None,
         token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: EncoderDecoderCache | None = None,
@@ -563,7 +545,7 @@ class MargeDecoder(MargeStack):
     ) -> MargeDecoderOutput:
         """Decodes `(targets, target_length)` ids on `(groups, num_evidence * length, hidden_size)` evidence."""
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed_ids(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache(config=self.config))
         if not use_cache:
@@ -571,19 +553,12 @@ class MargeDecoder(MargeStack):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         hidden_states = self.add_positions(inputs_embeds, past_length)
-        p = self.config.hidden_dropout_prob if self.training else 0.0
-        hidden_states = nn.functional.dropout(hidden_states, p=p)
+        hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout_prob, training=self.training)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
-        )
-        evidence_attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states.view(evidence_states.shape[0], -1, self.config.hidden_size),
-            attention_mask=evidence_attention_mask,
-            encoder_hidden_states=evidence_states,
         )
         all_evidence_logits = []
         for layer in self.layers:
@@ -592,8 +567,8 @@ class MargeDecoder(MargeStack):
                 mask,
                 evidence_states,
                 relevance_scores,
-                evidence_attention_mask=evidence_attention_mask,
-                evidence_mask=evidence_mask,
+                token_documents,
+                evidence_mask,
                 token_masks=token_masks,
                 past_key_values=past_key_values,
                 **kwargs,
@@ -617,11 +592,14 @@ def first_token_embedding(hidden_states: torch.Tensor) -> torch.Tensor:
     return nn.functional.normalize(hidden_states[:, 0].float(), dim=-1)
 
 
-def shift_tokens_right(labels: torch.LongTensor, pad_token_id: int, decoder_start_token_id: int) -> torch.LongTensor:
-    """(targets, length) labels -> decoder input: the start token, then every label but the last; -100 is padding."""
-    shifted = labels.new_full(labels.shape, decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted.masked_fill(shifted == -100, pad_token_id)
+def without_language_token(
+    input_ids: torch.LongTensor, attention_mask: torch.Tensor, bos_token_id: int | None
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """(n, length) ids and mask, moved left by one where a document begins with one token before `bos_token_id`."""
+    has_language = (input_ids[:, 1:2] == bos_token_id) & (input_ids[:, :1] != bos_token_id)
+    has_language = has_language.any(-1, keepdim=True)
+    moved = (nn.functional.pad(tensor[:, 1:], (0, 1)) for tensor in (input_ids, attention_mask))
+    return tuple(torch.where(has_language, *pair) for pair in zip(moved, (input_ids, attention_mask), strict=True))
 
 
 def distillation_loss(
@@ -715,7 +693,7 @@ class MargeModel(MargePreTrainedModel):
                 False where a target must not see a document. A target that sees none gets nothing from
                 cross-attention.
             target_input_ids, target_attention_mask (`(targets, target_length)`, *optional*):
-                The targets as documents, for their embedding g(x).
+                The targets as documents, for their embedding g(x); a language token in front is left out of it.
             encoder_outputs ([`MargeEncoderOutput`] or a tuple that starts with its `last_hidden_state`, *optional*):
                 Evidence that is encoded already.
 
@@ -728,8 +706,6 @@ class MargeModel(MargePreTrainedModel):
                 "Expected exactly one of decoder_input_ids and decoder_inputs_embeds, but got both or neither. "
                 "Pass labels to have decoder_input_ids made from them."
             )
-        if attention_mask is None and input_ids is not None:
-            attention_mask = mask_of(input_ids, self.config.pad_token_id)
         if encoder_outputs is None:
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
@@ -752,33 +728,40 @@ class MargeModel(MargePreTrainedModel):
                     f"{name} must have the shape (targets, num_evidence) = ({targets}, {num_evidence}), but got "
                     f"{tuple(tensor.shape)}."
                 )
-        if evidence_mask is None:
-            evidence_mask = torch.ones(targets, num_evidence, dtype=torch.bool, device=evidence_states.device)
-        if attention_mask is not None:
-            attention_mask = attention_mask.reshape(groups, -1)
-            # A document of nothing but padding only fills up a group.
-            is_document = attention_mask.view(groups, num_evidence, -1).any(-1)
-            evidence_mask = evidence_mask.bool() & is_document.repeat_interleave(targets // groups, dim=0)
+        if attention_mask is None and input_ids is not None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        elif attention_mask is None:
+            attention_mask = evidence_states.new_ones(evidence_states.shape[:2])
+        attention_mask = attention_mask.reshape(groups, num_evidence, -1).bool()
+        documents = torch.arange(num_evidence, device=attention_mask.device).unsqueeze(-1)
+        token_documents = torch.where(attention_mask, documents, num_evidence).flatten(1)
+        # A document of nothing but padding only fills up a group.
+        is_document = attention_mask.any(-1).repeat_interleave(targets // groups, dim=0)
+        evidence_mask = is_document if evidence_mask is None else evidence_mask.bool() & is_document
 
         if relevance_scores is None:
             if target_input_ids is not None and document_embeddings is not None and num_evidence > 1:
-                embeddings = self.embed(target_input_ids, target_attention_mask).unflatten(0, (groups, -1))
-                relevance_scores = (embeddings @ document_embeddings.transpose(1, 2)).flatten(0, 1)
+                if target_attention_mask is None:
+                    target_attention_mask = mask_of(target_input_ids, self.config.pad_token_id)
+                document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
+                embeddings = self.embed(*document).unflatten(0, (groups, -1))
+                # In bf16 the cosines of similar documents, all close to 1, would be one and the same.
+                with maybe_autocast(embeddings.device.type, enabled=False):
+                    relevance_scores = (embeddings @ document_embeddings.transpose(1, 2)).flatten(0, 1)
             else:
-                relevance_scores = evidence_states.new_ones(targets, num_evidence, dtype=torch.float32)
+                relevance_scores = evidence_states.new_ones(targets, num_evidence)
+        relevance_scores = relevance_scores.float()
 
         token_masks = None
         if self.config.distillation_loss_weight > 0 and self.training and target_attention_mask is not None:
-            if attention_mask is None:
-                attention_mask = evidence_states.new_ones(evidence_states.shape[:2])
-            token_masks = (target_attention_mask, attention_mask.view(groups, num_evidence, -1))
+            token_masks = (target_attention_mask, attention_mask)
 
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             evidence_states=evidence_states,
-            evidence_attention_mask=attention_mask,
-            relevance_scores=relevance_scores.float(),
+            relevance_scores=relevance_scores,
+            token_documents=token_documents,
             evidence_mask=evidence_mask,
             token_masks=token_masks,
             past_key_values=past_key_values,
@@ -809,6 +792,14 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
     """MARGE with its language modelling head: rebuilds targets from evidence, and generates.
 
     The objective (paper, section 2): L = - sum_i log p(x_i | z_1..M, f(x_i, z_1), .., f(x_i, z_M)), a mean over tokens.
+
+    A language token steers in which language is written (our choice how). It stands first in a target, `[language]
+    [CLS] .. [SEP]`, as in mBART-50; the decoder then reads `[start] [language] [CLS] ..`, and learns to choose a
+    language, too. `generate(.., forced_bos_token_id=language)` writes in one, without it in the likeliest, and
+    `decoder_input_ids` with the rows `[start, language]` in one a row. g(x) embeds what follows the language token,
+    from `bos_token_id` on, so that relevance is that of the index, where documents have no such token. A language token
+    in the place of `[start]`, as in the first mBART, works as well: put it into `decoder_input_ids` beside `labels`,
+    and pass it to `generate` as `decoder_start_token_id`, one for all or a list with one a row.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
@@ -824,8 +815,9 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
         return self.model.embed(input_ids, attention_mask)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """Labels `(targets, length)` shifted right, as the seq2seq collator of transformers asks for."""
-        return shift_tokens_right(labels, self.config.pad_token_id, self.config.decoder_start_token_id)
+        """Labels `(targets, length)` behind a start token, without their last; transformers' collator calls it, too."""
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
@@ -895,7 +887,7 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            num_tokens = target_attention_mask.sum() if num_items_in_batch is None else num_items_in_batch
+            num_tokens = target_attention_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
             loss = loss / num_tokens
             if outputs.distillation_loss is not None:
@@ -950,21 +942,9 @@ class MargeForSequenceClassification(MargePreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return Seq2SeqSequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        own = ("last_hidden_state", "document_embeddings", "relevance_scores", "distillation_loss")
+        fields = {name: value for name, value in outputs.items() if name not in own}
+        return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **fields)
 
 
-__all__ = [
-    "MargeForConditionalGeneration",
-    "MargeForSequenceClassification",
-    "MargeModel",
-    "MargePreTrainedModel",
-]
+__all__ = ["MargeForConditionalGeneration", "MargeForSequenceClassification", "MargeModel", "MargePreTrainedModel"]
