@@ -23,16 +23,11 @@ Without --tokenizer_name and --model_name_or_path a tokenizer is trained on the 
 JSON or YAML file instead. --help lists them all; those after --output_dir are transformers.TrainingArguments.
 """
 
-import platform
-import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import torch
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoModel, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModel, TrainingArguments, set_seed
 
 from hf_paraphrase_lm import (
     CocoLMConfig,
@@ -41,11 +36,10 @@ from hf_paraphrase_lm import (
     DataCollatorForCorrectiveLM,
     LogComponentLossesCallback,
     NewMasksCallback,
-    __version__,
     chunk_documents,
-    train_tokenizer,
 )
 from hf_paraphrase_lm.training import corrective_lm_metrics
+from pretraining import check_length, load_tokenizer, pretraining_card
 from runs import (
     DataArguments,
     ModelArguments,
@@ -128,40 +122,6 @@ class PretrainingArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss only"})
 
 
-def load_tokenizer(network: NetworkArguments, corpus: CorpusArguments, texts, folder: Path, is_to_train: bool):
-    """The tokenizer that is named, that of the checkpoint, or one trained on the texts, or earlier on those.
-
-    Args:
-        folder: where the trained one is. It allows texts as long as the model takes, which may be longer than those
-            of pre-training.
-        is_to_train: whether this process is to train it, if none is named.
-
-    Raises:
-        ValueError: there are no texts to train it on, or `--max_length` is above the model's positions.
-    """
-    if name := network.tokenizer_name or network.model_name_or_path:
-        return ModelArguments(name).load_tokenizer()
-    if texts is None:
-        raise ValueError("Without --do_train there is no tokenizer. Give --model_name_or_path or --tokenizer_name.")
-    if is_to_train:
-        positions = override(CocoLMConfig(), network.config_overrides).max_position_embeddings
-        check_length(corpus.max_length, positions)
-        tokenizer = train_tokenizer(
-            texts, corpus.vocab_size, corpus.text_column, corpus.lowercase, model_max_length=positions
-        )
-        tokenizer.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def check_length(length: int, positions: int):
-    """Raises a ValueError if texts of this length, in tokens, are too long for a model."""
-    if length > positions:
-        raise ValueError(
-            f"--max_length must be at most the model's max_position_embeddings ({positions}), but got {length}. Give a "
-            "smaller one or, for random weights, --config_overrides max_position_embeddings=..."
-        )
-
-
 def longest_text(corpus: CorpusArguments, tokenizer, model: CocoLMForPretraining) -> int:
     """Tokens in the longest text: as many as `--max_length` and the tokenizer allow.
 
@@ -239,40 +199,29 @@ def write_model_card(
     steps: int,
     sequences_per_step: int,
     num_processes: int,
-    resumed: bool,
     name: str | None = None,
 ):
     """Fills the template `model_cards/cocolm.md` with what was run and measured."""
-    config, origin = model.config, network.model_name_or_path
-    name = name or folder.name
-    hardware = f"{num_processes} x {platform.machine()} CPU, {torch.get_num_threads()} threads each"
-    if model.device.type == "cuda":
-        hardware = f"{num_processes} x {torch.cuda.get_device_name()}"
+    config = model.config
     baselines = {"eval_detection_accuracy": f'{metrics.get("eval_majority_rate", 0):.4f} (always "original")'}
     contrast = ", and to recognise a crop of the same text"
     measured = f" but losses, in nats, and shares on `{corpus.dataset_name or corpus.validation_file}`"
     rows = {name: value for name, value in metrics.items() if name.startswith("eval_") and name != "eval_majority_rate"}
-    card = ModelCard.from_template(
-        ModelCardData(
-            model_name=name,
-            # The Hub accepts only models that it has.
-            base_model=None if origin is None or Path(origin).is_dir() else origin,
-            datasets=corpus.dataset_name,
-        ),
-        template_path=Path(__file__).parent.parent / "model_cards" / "cocolm.md",
-        repo_id=name,
+    card = pretraining_card(
+        "cocolm.md",
+        folder,
+        network.model_name_or_path,
+        corpus,
+        metrics,
+        model.device,
+        num_processes,
+        name,
         family=model.base_model.config.model_type,
         other_encoder=config.main_config is not None,
-        version=__version__,
         parameters=f"{model.num_parameters():,} ({model.base_model.num_parameters():,} in the encoder)",
         objective=OBJECTIVES[config.discriminator_objective] + (contrast if config.contrastive_loss_weight else ""),
-        origin=f"`{origin}`" if origin else "random weights",
-        corpus=f"`{corpus.dataset_name or corpus.train_file}`",
         steps=steps,
         sequences_per_step=sequences_per_step,
-        hardware=hardware,
-        duration=f"{metrics['train_runtime'] / 3600:.2f} h{' since it last went on' if resumed else ''}",
-        command=shlex.join(["python", *sys.argv]),
         limits=f"Nothing was measured{measured if rows else ''}. Fine-tune it before you judge it.",
         results=[{"metric": n, "value": f"{value:.4f}", "baseline": baselines.get(n, "")} for n, value in rows.items()],
     )
@@ -292,7 +241,7 @@ def main():
         # The tokens of a run that goes on stay as they are.
         is_to_train = training.local_process_index == 0 and not resumed
         texts = splits["train"] if training.do_train else None
-        tokenizer = load_tokenizer(network, corpus, texts, Path(training.output_dir), is_to_train)
+        tokenizer = load_tokenizer(CocoLMConfig, network, corpus, texts, Path(training.output_dir), is_to_train)
     model = load_model(network, tokenizer)
     length = longest_text(corpus, tokenizer, model)
     with training.main_process_first(desc="tokenizing"):
@@ -328,7 +277,6 @@ def main():
             steps=trainer.state.global_step,
             sequences_per_step=training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
             num_processes=training.world_size,
-            resumed=metrics["train_resumed"],
             name=trainer.hub_model_id,
         )
     if training.do_train and training.push_to_hub:

@@ -16,35 +16,38 @@ command goes on from the last checkpoint (Ctrl-C saves one), on a CPU to the ver
 """
 
 import json
-import logging
 import math
-import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import count, islice
 from pathlib import Path
-from typing import Literal
 
 import torch
-from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_linear_schedule_with_warmup
-from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_paraphrase_lm import DataCollatorForCorrectiveLM, chunk_documents
+import pretraining
+from hf_paraphrase_lm import CocoLMConfig, DataCollatorForCorrectiveLM, chunk_documents
 from hf_paraphrase_lm.training import global_batch
+from pretraining import (
+    delayed_interrupt,
+    find_checkpoints,
+    load_checkpoint,
+    load_tokenizer,
+    make_accelerator,
+    make_optimizer,
+    make_scheduler,
+    read_updates,
+    save_checkpoint,
+)
 from run_cocolm_pretraining import (
     CorpusArguments,
     NetworkArguments,
     evaluate,
     load_model,
-    load_tokenizer,
     longest_text,
     save_main_encoder,
     write_model_card,
@@ -55,7 +58,7 @@ LOSSES = ("loss", "mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_lo
 
 
 @dataclass
-class LoopArguments:
+class LoopArguments(pretraining.LoopArguments):
     """The training, by default with the optimiser's settings in the authors' code.
 
     COCO-LM base was trained for 125,000 updates of 2048 sequences of 512 tokens. That its highest learning rate was
@@ -64,112 +67,9 @@ class LoopArguments:
 
     output_dir: str = field(default="runs/cocolm", metadata={"help": "folder for checkpoints, model and results"})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "texts in a batch, on each device"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches of an update, on each device"})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "how often every text is read"})
-    max_steps: int = field(default=-1, metadata={"help": "if above 0, the number of updates instead"})
     learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate"})
     warmup_steps: float = field(default=0.08, metadata={"help": "updates, or if below 1 their share (10k of 125k)"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     max_grad_norm: float = field(default=2.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "instead of that of `accelerate launch`"}
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "even if there is a GPU"})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "processes that make the batches of a device"})
-    checkpointing_steps: int = field(default=500, metadata={"help": "updates between checkpoints; two are kept"})
-    logging_steps: int = field(default=100, metadata={"help": "updates between logs of their mean losses"})
-    report_to: str = field(default="none", metadata={"help": "also log to 'tensorboard', 'wandb', ... or 'all'"})
-    disable_tqdm: bool = field(default=False, metadata={"help": "show no progress bar"})
-    seed: int = field(default=42, metadata={"help": "of weights, order, masks and dropout"})
-
-    def __post_init__(self):
-        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps")
-        for name in sizes:
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")
-        if self.max_steps < 1 and self.num_train_epochs <= 0:
-            raise ValueError(f"--num_train_epochs must be above 0, but got {self.num_train_epochs}.")
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints `step_<updates>`, oldest first. Only whole ones have such a name."""
-    found = {path.name.removeprefix("step_"): path for path in folder.glob("step_*")}
-    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int):
-    """Writes `step_<step>`, with the log so far. It gets this name when it is whole, and then all but two go."""
-    unfinished = folder / "unfinished"
-    if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(unfinished)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.copy(folder / "log.jsonl", unfinished)
-        unfinished.rename(folder / f"step_{step}")
-        for old in find_checkpoints(folder)[:-2]:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> int:
-    """Loads weights, optimizer, schedule, random numbers and log. Returns the number of updates.
-
-    Raises:
-        ValueError: the checkpoint is of another number of processes.
-    """
-    num_processes = len(list(checkpoint.glob("random_states_*.pkl")))
-    if num_processes != accelerator.num_processes:
-        raise ValueError(
-            f"{checkpoint} is of a run with {num_processes} processes, but there are {accelerator.num_processes}. "
-            f"Start {num_processes}, or give another --output_dir to start anew."
-        )
-    accelerator.load_state(checkpoint)
-    if accelerator.is_main_process:
-        print(f"Going on from {checkpoint}. To start anew, give another --output_dir.", file=sys.stderr)
-        shutil.copy(checkpoint / "log.jsonl", checkpoint.parent)
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-@contextmanager
-def delayed_interrupt():
-    """Yields a list that Ctrl-C makes longer, instead of breaking off. A second one does: checkpoints are safe."""
-    pressed = []
-
-    def remember(number, frame):
-        signal.signal(signal.SIGINT, previous)
-        pressed.append(number)
-        print("\nCtrl-C: stopping after this update. Press it again to stop at once.", file=sys.stderr)
-
-    previous = signal.signal(signal.SIGINT, remember)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def make_optimizer(model, args: LoopArguments) -> torch.optim.AdamW:
-    """AdamW; biases and normalisation do not decay, as in Trainer."""
-    undecayed = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], undecayed))
-    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            groups[name not in decayed]["params"].append(weight)
-    return torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-
-
-def read_updates(loader, collator: DataCollatorForCorrectiveLM, args: LoopArguments, step: int) -> Iterator[list[dict]]:
-    """The batches of each update of this process after the first `step`, epoch after epoch without end."""
-    per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
-    for epoch in count(step // per_epoch):
-        # Masks and crops follow from this and the text, so it does not matter what a run had read ahead.
-        collator.seed = args.seed + epoch
-        loader.set_epoch(epoch)
-        batches = iter(skip_first_batches(loader, step % per_epoch * args.gradient_accumulation_steps))
-        while update := list(islice(batches, args.gradient_accumulation_steps)):
-            yield update
-        step = 0
 
 
 def train_step(accelerator: Accelerator, model, optimizer, batches: list[dict], max_grad_norm: float) -> torch.Tensor:
@@ -193,17 +93,7 @@ def main():
     network, corpus, args = parse_arguments(__doc__.splitlines()[0], NetworkArguments, CorpusArguments, LoopArguments)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
-        cpu=args.use_cpu,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=folder,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        # Losses are divided in train_step: the last update of an epoch may have fewer batches.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
-    # It would say at every checkpoint that shared weights are saved once.
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    accelerator = make_accelerator(args)
     checkpoint = next(reversed(find_checkpoints(folder)), None)
     note_arguments(checkpoint is not None, accelerator.is_main_process, args, network, corpus)
     set_seed(args.seed)
@@ -211,7 +101,7 @@ def main():
     with accelerator.local_main_process_first():
         # The tokens of a run that goes on stay as they are.
         is_to_train = accelerator.is_local_main_process and checkpoint is None
-        tokenizer = load_tokenizer(network, corpus, splits["train"], folder, is_to_train)
+        tokenizer = load_tokenizer(CocoLMConfig, network, corpus, splits["train"], folder, is_to_train)
     model = load_model(network, tokenizer)
     length = longest_text(corpus, tokenizer, model)
     splits.pop("test", None)
@@ -226,9 +116,8 @@ def main():
     loader = accelerator.prepare(DataLoader(chunks["train"], args.per_device_train_batch_size, **settings))
     updates_per_epoch = math.ceil(len(loader) / args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates_per_epoch)
-    warmup = int(args.warmup_steps) if args.warmup_steps >= 1 else math.ceil(total * args.warmup_steps)
     optimizer = make_optimizer(model, args)
-    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, total)
+    scheduler = make_scheduler(optimizer, args, total)
     model, optimizer = accelerator.prepare(model, optimizer)
     # A prepared scheduler would take as many steps at a time as there are processes.
     accelerator.register_for_checkpointing(scheduler)
@@ -242,9 +131,14 @@ def main():
         (folder / "all_results.json").unlink(missing_ok=True)
     step = start = last_log = 0 if checkpoint is None else load_checkpoint(accelerator, checkpoint)
     losses, begin, stops = 0, time.time(), False
+
+    def new_masks(epoch: int):
+        # Masks and crops follow from this and the text, so it does not matter what a run had read ahead.
+        collator.seed = args.seed + epoch
+
     bar = tqdm(total=total, initial=start, disable=args.disable_tqdm or not accelerator.is_main_process)
     with bar, delayed_interrupt() as pressed:
-        updates = read_updates(loader, collator, args, start)
+        updates = read_updates(loader, args.gradient_accumulation_steps, start, new_masks)
         for step, batches in zip(range(start + 1, total + 1), updates, strict=False):
             losses += train_step(accelerator, model, optimizer, batches, args.max_grad_norm)
             if not accelerator.optimizer_step_was_skipped:
@@ -284,7 +178,7 @@ def main():
         save_main_encoder(model, tokenizer, folder)
         results.write_text(json.dumps(metrics, indent=4))
         batch, ranks = loader.total_batch_size * args.gradient_accumulation_steps, accelerator.num_processes
-        write_model_card(folder, model, network, corpus, metrics, step, batch, ranks, metrics["train_resumed"])
+        write_model_card(folder, model, network, corpus, metrics, step, batch, ranks)
     accelerator.end_training()
     if stops:
         sentence = f"Interrupted at update {step}. The same command goes on from there."

@@ -35,9 +35,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__
+from hf_paraphrase_lm.training import last_checkpoint
 
 BUILDERS = {
     ".csv": "csv",
@@ -323,13 +323,14 @@ def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
         arguments: dataclasses; names that begin as in `CHANGEABLE` are left out.
 
     Raises:
-        ValueError: the run in this folder had other arguments, or another content of `--train_file`.
+        ValueError: the run in this folder had other arguments, or another content of a file that it trains on.
     """
     values = {each.name: getattr(some, each.name) for some in arguments for each in fields(some)}
     folder = Path(values["output_dir"])
-    if values["train_file"] and Path(values["train_file"]).is_file():
-        with open(values["train_file"], "rb") as file:
-            values["train_file"] += f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
+    for name in ("train_file", "evidence_file"):
+        if values.get(name) and Path(values[name]).is_file():
+            with open(values[name], "rb") as file:
+                values[name] += f" (SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()})"
     values = {name: value for name, value in values.items() if not name.startswith(CHANGEABLE)}
     text, file = json.dumps(values, indent=1, default=str), folder / "arguments.json"
     if goes_on and file.is_file():
@@ -398,14 +399,6 @@ def train(trainer: Trainer) -> dict[str, float]:
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; `trainer_state.json` is the last that Trainer writes."""
-    folders = [state.parent for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
-    names = {str(folder): folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for folder in folders}
-    steps = {int(step): name for name, step in names.items() if step.isdecimal()}
-    return steps[max(steps)] if steps else None
 
 
 def finish(trainer: Trainer, checkpoint: ModelArguments, data: DataArguments, task: str):
