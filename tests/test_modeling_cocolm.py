@@ -710,8 +710,9 @@ def test_sequence_classification_losses():
         torch.testing.assert_close(output.loss, F.mse_loss(output.logits, labels.view(4, 1).float()))
 
 
-def test_sequence_classification_head():
-    model = CocoLMForSequenceClassification(tiny_config(num_labels=3)).eval()
+@pytest.mark.parametrize("hidden_act", ["gelu", "relu"])
+def test_sequence_classification_head(hidden_act):
+    model = CocoLMForSequenceClassification(tiny_config(num_labels=3, hidden_act=hidden_act)).eval()
     input_ids, attention_mask = texts()
     state = model.cocolm(input_ids, attention_mask).last_hidden_state[:, 0]
     head = model.classifier

@@ -31,7 +31,7 @@ class CocoLMConfig(PreTrainedConfig):
         num_hidden_layers (`int`, defaults to 12): Layers of the main network.
         num_attention_heads (`int`, defaults to 12): Heads of every attention.
         intermediate_size (`int`, defaults to 3072): Feed-forward width.
-        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward layers and of the heads.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the feed-forward layers and pre-training heads.
         hidden_dropout_prob (`float`, defaults to 0.1): Dropout of embeddings and layer outputs.
         attention_probs_dropout_prob (`float`, defaults to 0.1): Dropout of attention weights.
         cls_dropout_prob (`float`, defaults to 0.1): Dropout in the heads for fine-tuning.

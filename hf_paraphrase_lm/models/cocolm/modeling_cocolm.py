@@ -1171,12 +1171,13 @@ class CocoLMForMaskedLM(CocoLMPreTrainedModel):
 
 
 class CocoLMClassificationHead(nn.Module):
-    """Logits of a text from the state of its first token: dropout, dense, activation, dropout, dense."""
+    """Logits of a text from the state of its first token: dropout, dense, GELU, dropout, dense."""
 
     def __init__(self, config: CocoLMConfig, num_labels: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = ACT2FN[config.hidden_act]
+        # Whatever hidden_act is (authors' code).
+        self.activation = nn.GELU()
         self.dropout = nn.Dropout(config.cls_dropout_prob)
         self.out_proj = nn.Linear(config.hidden_size, num_labels)
 
