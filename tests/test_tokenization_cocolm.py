@@ -241,6 +241,16 @@ def test_batches_of_pairs_are_padded_and_truncated(tokenizer):
     assert tokenizer.num_special_tokens_to_add() == 2 and tokenizer.num_special_tokens_to_add(pair=True) == 4
 
 
+def test_an_empty_second_text_makes_a_pair(tokenizer):
+    encoded = tokenizer("a", "", return_offsets_mapping=True)
+    assert encoded["input_ids"] == [0, 34, 40, 2, 2, 2] == tokenizer.encode("a", "")
+    assert encoded["attention_mask"] == [1] * 6 and encoded["offset_mapping"][:3] == [(0, 0), (0, 1), (0, 1)]
+    assert encoded.sequence_ids() == [None, 0, 0, None, None, None]
+    assert tokenizer(["a"], [""])["input_ids"] == [encoded["input_ids"]]
+    assert tokenizer("a", "", return_tensors="pt")["input_ids"].tolist() == [encoded["input_ids"]]
+    assert tokenizer("", "")["input_ids"] == [0, 2, 2, 2] and tokenizer("")["input_ids"] == [0, 2]
+
+
 def test_texts_are_truncated_to_512_tokens(tokenizer):
     words = tokenizer.encode("he " * 600, add_special_tokens=False, verbose=False)
     single = tokenizer("he " * 600, truncation=True)["input_ids"]
@@ -331,6 +341,19 @@ def test_added_tokens_survive_saving(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert same_as(tokenizer, CocoLMTokenizer.from_pretrained(tmp_path))
     assert tokenizer.tokenize("a <new> b") == ["\u2581", "a", "<new>", "\u2581", "b"]
+
+
+def test_added_tokens_stand_as_they_are_written(tmp_path):
+    tokenizer = CocoLMTokenizer.from_pretrained(RELEASED)
+    assert tokenizer.add_tokens(["<new>", "(x)"]) == 2
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s1>"]})
+    assert tokenizer.convert_ids_to_tokens([92, 93, 94]) == ["<new>", "(x)", "<s1>"]
+    assert tokenizer.tokenize("a<new>t (x) <s1>") == ["\u2581", "a", "<new>", "\u2581", "t", "(x)", "<s1>"]
+    tokenizer.save_pretrained(tmp_path)
+    assert same_as(tokenizer, CocoLMTokenizer.from_pretrained(tmp_path))
+    # On demand they are looked for in the normalised text, where this one stands in no word.
+    tokenizer.add_tokens([AddedToken("<old>")])
+    assert tokenizer.tokenize("k<old>")[-4:] == ["o", "l", "d", "[UNK]"]
 
 
 def test_tokenizer_json_needs_neither_this_package_nor_sentencepiece(tokenizer, tmp_path, run_python):

@@ -11,11 +11,11 @@ import re
 import struct
 import unicodedata
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -49,6 +49,9 @@ class CocoLMTokenizer(PreTrainedTokenizerFast):
 
     A special token written in a text, such as `[MASK]`, stands for itself. The authors' code has no such tokens; with
     `split_special_tokens=True` there are none here either.
+
+    Truncation is that of every fast tokenizer: where both texts of a pair are cut and the room is odd, the authors'
+    code may leave the odd token to the other one.
 
     Args:
         vocab_file: Path of a sentencepiece model (unigram, BPE or character).
@@ -93,8 +96,26 @@ class CocoLMTokenizer(PreTrainedTokenizerFast):
     def tokenize(self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs) -> list[str]:
         """The tokens of a text, or of a pair one after the other; an unknown one reads as the text it stands for."""
         ids = self.encode(text, pair, add_special_tokens=add_special_tokens, **kwargs)
-        unknown = chain.from_iterable(self._unknown(part) for part in (text, pair) if part is not None)
+        parts = (self._unknown(part) for part in (text, pair) if part is not None)
+        # Added tokens that are looked for in the normalised text may hide some.
+        unknown = chain(*parts, repeat(self.unk_token))
         return [next(unknown) if i == self.unk_token_id else self.convert_ids_to_tokens(i) for i in ids]
+
+    def _encode_plus(self, text, text_pair=None, return_tensors=None, return_overflowing_tokens=False, **kwargs):
+        # The base class takes a pair with an empty second text for a single text, unless it is in a batch.
+        alone = isinstance(text, str) and text_pair == ""
+        texts = ([text], [text_pair]) if alone else (text, text_pair)
+        kwargs |= {"return_tensors": return_tensors, "return_overflowing_tokens": return_overflowing_tokens}
+        encoded = super()._encode_plus(*texts, **kwargs)
+        if alone and return_tensors is None and not return_overflowing_tokens:
+            values = {name: rows[0] if isinstance(rows[0], list) else rows for name, rows in encoded.items()}
+            return BatchEncoding(values, encoded.encodings)
+        return encoded
+
+    def _add_tokens(self, new_tokens: list[str | AddedToken], special_tokens: bool = False) -> int:
+        # As they are written: the normalisation would take a token like `<new>` apart, and then not find it in a word.
+        new_tokens = [AddedToken(t, normalized=False) if isinstance(t, str) else t for t in new_tokens]
+        return super()._add_tokens(new_tokens, special_tokens)
 
     def _unknown(self, text: str) -> Iterator[str]:
         """Parts of a text that are unknown tokens, in their order, after normalisation."""
