@@ -499,6 +499,21 @@ def test_half_precision_has_no_nan(attention, dtype):
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_half_precision_has_no_nan_where_scores_are_low(attention):
+    model = CocoLMModel(tiny_config(attn_implementation=attention)).eval()
+    for layer in model.encoder.layer:
+        query, key, _ = layer.attention.self_attn.in_proj.bias.data.chunk(3)
+        query.fill_(5.0)
+        key.fill_(-5.0)
+    model.half()
+    input_ids, attention_mask = texts()
+    attention_mask[1] = 0
+    states = model(input_ids, attention_mask).last_hidden_state
+    assert states.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in gradients(model, states.float().sum()).values())
+
+
 def test_mask_is_made_of_the_padding_token():
     model = CocoLMForPretraining(without_dropout())
     batch = pretraining_batch()

@@ -41,8 +41,9 @@ from .configuration_cocolm import CocoLMConfig
 logger = logging.get_logger(__name__)
 
 # Added to the scores of padding: softmax makes it an exact zero, and unlike the minimum of float32 it stays finite
-# when autocast turns it into float16 or bfloat16, so a row of nothing but padding gives no NaN.
-PADDING_SCORE = torch.finfo(torch.float16).min
+# when autocast turns it into float16 or bfloat16, so a row of nothing but padding gives no NaN. Half of the minimum of
+# float16, so that the sum with a negative score is finite too.
+PADDING_SCORE = torch.finfo(torch.float16).min / 2
 
 # Pattern of the weights of CocoLMForPretraining besides the encoder.
 PRETRAINING_ONLY = r"^(auxiliary(_lm_head)?|copy_head|corrective_lm_(head|projection)|contrastive_head)\."
