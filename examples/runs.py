@@ -37,6 +37,7 @@ from transformers import (
 )
 
 from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__
+from hf_paraphrase_lm.retrieval import FolderClaim
 from hf_paraphrase_lm.training import last_checkpoint
 
 BUILDERS = {
@@ -317,16 +318,22 @@ def check_run(training: TrainingArguments, *others):
 def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
     """Writes the arguments of a run to `arguments.json` in its folder, or compares them with what is written there.
 
+    From here to its end this process alone may run in that folder.
+
     Args:
         goes_on: whether the folder has a checkpoint, from which the run is to go on.
         is_main_process: whether this process is to write.
         arguments: dataclasses; names that begin as in `CHANGEABLE` are left out.
 
     Raises:
+        RuntimeError: another process runs in this folder.
         ValueError: the run in this folder had other arguments, or another content of a file that it trains on.
     """
     values = {each.name: getattr(some, each.name) for some in arguments for each in fields(some)}
     folder = Path(values["output_dir"])
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        FolderClaim(folder)
     for name in ("train_file", "evidence_file"):
         if values.get(name) and Path(values[name]).is_file():
             with open(values[name], "rb") as file:
@@ -343,7 +350,6 @@ def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
                 "--output_dir to start anew."
             )
     elif is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
 
 
