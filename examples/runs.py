@@ -14,6 +14,7 @@ leaves there the model with its tokenizer, `all_results.json` and, once the scri
 import csv
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -224,7 +225,18 @@ class OrderedTrainer(Trainer):
 
 
 def parse_arguments(description: str, *classes) -> tuple:
-    """One instance of each dataclass, from the command line or from the one JSON or YAML file that is given there."""
+    """One instance of each dataclass, from the command line or from the one JSON or YAML file that is given there.
+
+    Raises:
+        RuntimeError: of several processes, only this one was started.
+    """
+    # Without GPUs `accelerate launch` prepares for --num_processes but leaves starting them to MPI.
+    sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not sizes & os.environ.keys():
+        raise RuntimeError(
+            "`accelerate launch` was to start several processes, but on a CPU it has started this one only. Give it "
+            "--multi_gpu as well, which works there too, or use `torchrun --nproc_per_node` in its place."
+        )
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     if len(sys.argv) != 2 or not sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parser.parse_args_into_dataclasses()
