@@ -8,7 +8,6 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -72,8 +71,8 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
     Args:
         dataset: the `train_dataset` of the Trainer.
         refresh_steps: updates from one refresh to the next.
-        shards_per_refresh: how many shards to sample; all if None. Which ones follows from the dataset's seed and the
-            step, so a resumed run samples the same.
+        shards_per_refresh: how many shards to sample, see `EvidenceDataset.sample_shards`; all if None. Which ones
+            follows from the dataset's seed and the step, so a resumed run samples the same.
         batch_size: documents in one call of `embed`.
         progress: show a bar; "async" shows none.
         mode: "blocking" or "async".
@@ -294,9 +293,7 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
             )
         shards = None
         if self.shards_per_refresh is not None:
-            rng = np.random.default_rng([self.dataset.seed, step])
-            sample = rng.choice(len(self.dataset.shards), self.shards_per_refresh, replace=False)
-            shards = [self.dataset.shards[i] for i in sample]
+            shards = self.dataset.sample_shards(self.shards_per_refresh, step)
         return partial(
             self.dataset.find_groups, pad_token_id=pad_token_id, shards=shards, batch_size=self.batch_size, **options
         )
