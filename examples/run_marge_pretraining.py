@@ -20,6 +20,7 @@ retrieval_layers=2,initializer_range=0.05,hidden_dropout_prob=0,attention_probs_
 
     # several processes share the shards; batches, groups and losses are those of one process with the whole batch
     accelerate launch --num_processes 4 examples/run_marge_pretraining.py ...
+    torchrun --nproc_per_node 2 examples/run_marge_pretraining.py --use_cpu ...
 
 A batch holds groups of targets that share their evidence. The first groups have rare words in common; every
 --refresh_steps updates the model makes new ones. Does retrieval help? `evidence/utility`, the held-out loss without

@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -116,9 +115,7 @@ class Refresh:
         """The shards of this refresh."""
         if self.evidence.shards_per_refresh is None:
             return None
-        rng = np.random.default_rng([self.dataset.seed, step])
-        chosen = rng.choice(len(self.dataset.shards), self.evidence.shards_per_refresh, replace=False)
-        return [self.dataset.shards[i] for i in chosen]
+        return self.dataset.sample_shards(self.evidence.shards_per_refresh, step)
 
     def state_dict(self) -> dict:
         search = None if self.search is None else (self.search.step, self.search.result())

@@ -14,6 +14,7 @@ leaves there the model with its tokenizer, `all_results.json` and, once the scri
 import csv
 import hashlib
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, field, fields
@@ -37,6 +38,7 @@ from transformers import (
 )
 
 from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__
+from hf_paraphrase_lm.retrieval import FolderClaim
 from hf_paraphrase_lm.training import last_checkpoint
 
 BUILDERS = {
@@ -223,7 +225,18 @@ class OrderedTrainer(Trainer):
 
 
 def parse_arguments(description: str, *classes) -> tuple:
-    """One instance of each dataclass, from the command line or from the one JSON or YAML file that is given there."""
+    """One instance of each dataclass, from the command line or from the one JSON or YAML file that is given there.
+
+    Raises:
+        RuntimeError: of several processes, only this one was started.
+    """
+    # Without GPUs `accelerate launch` prepares for --num_processes but leaves starting them to MPI.
+    sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if {"ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys() and not sizes & os.environ.keys():
+        raise RuntimeError(
+            "`accelerate launch` was to start several processes, but on a CPU it has started this one only. Give it "
+            "--multi_gpu as well, which works there too, or use `torchrun --nproc_per_node` in its place."
+        )
     parser = HfArgumentParser(classes, description=description, allow_abbrev=False)
     if len(sys.argv) != 2 or not sys.argv[1].endswith((".json", ".yaml", ".yml")):
         return parser.parse_args_into_dataclasses()
@@ -317,16 +330,22 @@ def check_run(training: TrainingArguments, *others):
 def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
     """Writes the arguments of a run to `arguments.json` in its folder, or compares them with what is written there.
 
+    From here to its end this process alone may run in that folder.
+
     Args:
         goes_on: whether the folder has a checkpoint, from which the run is to go on.
         is_main_process: whether this process is to write.
         arguments: dataclasses; names that begin as in `CHANGEABLE` are left out.
 
     Raises:
+        RuntimeError: another process runs in this folder.
         ValueError: the run in this folder had other arguments, or another content of a file that it trains on.
     """
     values = {each.name: getattr(some, each.name) for some in arguments for each in fields(some)}
     folder = Path(values["output_dir"])
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        FolderClaim(folder)
     for name in ("train_file", "evidence_file"):
         if values.get(name) and Path(values[name]).is_file():
             with open(values[name], "rb") as file:
@@ -343,7 +362,6 @@ def note_arguments(goes_on: bool, is_main_process: bool, *arguments):
                 "--output_dir to start anew."
             )
     elif is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(text + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_paraphrase_lm.retrieval import DocumentIndex
+from hf_paraphrase_lm.retrieval import DocumentIndex, document_index
 
 from .reference.evidence import RowEmbedder, make_documents, row_documents
 
@@ -493,6 +493,19 @@ def test_a_killed_save_leaves_the_old_index(tmp_path, index, network, repository
     (folder / "index.json").unlink()
     index.save(folder)
     assert len(DocumentIndex.load(folder)) == N and len(list(folder.iterdir())) == 2
+
+
+def test_an_index_that_is_replaced_while_it_is_loaded(tmp_path, index, network, monkeypatch):
+    index.save(tmp_path)
+    check_files = document_index.check_files
+
+    def check_and_replace(data, files, verify):
+        monkeypatch.setattr(document_index, "check_files", check_files)
+        DocumentIndex.build(row_documents(20), network, PAD, progress=False).save(tmp_path)
+        check_files(data, files, verify)
+
+    monkeypatch.setattr(document_index, "check_files", check_and_replace)
+    assert len(DocumentIndex.load(tmp_path)) == 20
 
 
 def test_plain_faiss_reads_the_vectors(tmp_path, index, vectors):

@@ -254,6 +254,23 @@ class Interrupting:
         raise KeyboardInterrupt
 
 
+def test_shards_are_drawn_where_targets_can_have_evidence(embedder):
+    """Not shards of one document, of one document's chunks, or without the first chunk of any."""
+    shard = [0, 1, 1, 2, 2, *[3, 4] * 4]
+    document = [0, 1, 1, 2, 3, *range(4, 12)]
+    documents = row_documents(13, shard=shard, document=document).remove_columns("chunk")
+    documents = documents.add_column("chunk", [0, 0, 1, 1, 1, *[0] * 8])
+    dataset = EvidenceDataset(documents, 2, 2, first_chunks_only=True)
+    drawn = [dataset.sample_shards(1, step) for step in range(20)]
+    assert {value for values in drawn for value in values} == {3, 4}
+    assert drawn == [dataset.sample_shards(1, step) for step in range(20)]
+    assert sorted(dataset.sample_shards(5, 0)) == [3, 4]
+    for step in range(5):
+        dataset.rebuild(embedder, PAD, dataset.sample_shards(1, step), progress=False)
+    alone = EvidenceDataset(row_documents(4, shard=list(range(4))), 2, 2)
+    assert len(alone.sample_shards(3, 0)) == 3
+
+
 def test_an_interrupted_rebuild_leaves_the_old_groups(embedder, monkeypatch):
     dataset = EvidenceDataset(row_documents(N))
     dataset.rebuild(embedder, PAD, progress=False)

@@ -424,7 +424,7 @@ def test_killed_at_any_moment(options, tmp_path, processes):
     process.join()
     seconds = time.perf_counter() - began
     moments, events = random.Random(0), []
-    while len(events) < int(os.environ.get("RESUME_KILLS", 3)):
+    while len(events) < int(os.environ.get("RESUME_KILLS", 7)):
         process, _ = start(killed)
         process.join(moments.uniform(0, seconds / 3))
         process.kill()

@@ -106,6 +106,20 @@ def test_several_classes_and_defaults(runs, monkeypatch, tmp_path):
     assert model == runs.ModelArguments("m", random_weights=True) and data == runs.DataArguments(train_file="t.csv")
 
 
+def test_one_process_of_several(runs, monkeypatch):
+    for name in ("ACCELERATE_USE_CPU", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    message = (
+        "`accelerate launch` was to start several processes, but on a CPU it has started this one only. Give it "
+        "--multi_gpu as well, which works there too, or use `torchrun --nproc_per_node` in its place."
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        parse(runs, monkeypatch, "--output_dir", "out")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    parse(runs, monkeypatch, "--output_dir", "out")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .embedding import BATCHES_PER_BLOCK, embed_documents
 from .fingerprint import corpus_fingerprint, embedder_fingerprint
+from .folder_claim import FolderClaim
 from .index_files import (
     DATA_FOLDER,
     FORMAT_VERSION,
@@ -287,12 +288,18 @@ class DocumentIndex:
 
         Raises:
             FileExistsError: `folder` is a file, or a folder with something else than an index in it.
+            RuntimeError: another process is saving to it.
         """
         folder = Path(folder)
         check_target(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FolderClaim(folder):
+            self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         data = folder / f"index-data-{uuid.uuid4().hex}"
         try:
-            data.mkdir(parents=True)
+            data.mkdir()
             self.documents.with_format(None).save_to_disk(data / "documents")
             faiss.write_index(self.faiss_index, str(data / "vectors.faiss"))
             files = sorted(path for path in data.rglob("*") if path.is_file())
@@ -368,11 +375,17 @@ class DocumentIndex:
         if embedder is not None:
             _check_embedder(folder, embedder, description["embedder_fingerprint"])
         data = folder / description["data"]
-        check_files(data, description["files"], verify)
-        index = faiss.read_index(str(data / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
-        documents = load_from_disk(data / "documents") if documents is None else documents
+        try:
+            check_files(data, description["files"], verify)
+            index = faiss.read_index(str(data / "vectors.faiss"), faiss.IO_FLAG_MMAP_IFC if memory_map else 0)
+            saved = load_from_disk(data / "documents") if documents is None else documents
+        except (OSError, RuntimeError, ValueError):
+            if read_description(folder)["data"] == data.name:
+                raise
+            # Another process has replaced it meanwhile.
+            return cls.load(folder, documents, embedder, memory_map, verify)
         fingerprints = description["corpus_fingerprint"], description["embedder_fingerprint"]
-        return cls(documents, index, description["factory"], *fingerprints)
+        return cls(saved, index, description["factory"], *fingerprints)
 
     def push_to_hub(
         self,

@@ -1,6 +1,7 @@
 """What MARGE trains on: groups of targets with shared evidence, made anew from the model's own embeddings."""
 
 import time
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -346,6 +347,28 @@ class EvidenceDataset(torch.utils.data.Dataset):
             "cross_language_share": crossing / pairs,
             "seconds": time.perf_counter() - began,
         }
+
+    def sample_shards(self, count: int, step: int) -> list:
+        """Values of `count` shards drawn at random, which follow from the seed and the number of an update.
+
+        Only shards in which a target can have evidence, hence not those of a single document, are drawn; all of them
+        if they are fewer.
+        """
+        shards = self._shards_of_pairs or range(len(self.shards))
+        rng = np.random.default_rng([self.seed, step])
+        sample = rng.choice(len(shards), min(count, len(shards)), replace=False)
+        return [self.shards[shards[i]] for i in sample]
+
+    @cached_property
+    def _shards_of_pairs(self) -> list[int]:
+        """Numbers of the shards in which a target can have evidence."""
+        found = []
+        for shard in range(len(self.shards)):
+            sides = self._target_side, self._evidence_side
+            targets, evidence = (side.document_ids[side.rows(shard)] for side in sides)
+            if len(targets) > 0 and (targets[0] != evidence).any():
+                found.append(shard)
+        return found
 
     def _numbers_of(self, shards: list | None) -> list[int]:
         numbers = {value: number for number, value in enumerate(self.shards)}

@@ -4,9 +4,10 @@ import base64
 import time
 import zlib
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..retrieval import EvidenceDataset
+from ..retrieval import EvidenceDataset, FolderClaim
 from .background_search import BackgroundSearch
 from .checkpoints import set_aside_half_checkpoints
 
@@ -70,13 +71,14 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
     Args:
         dataset: the `train_dataset` of the Trainer.
         refresh_steps: updates from one refresh to the next.
-        shards_per_refresh: how many shards to sample; all if None. Which ones follows from the dataset's seed and the
-            step, so a resumed run samples the same.
+        shards_per_refresh: how many shards to sample, see `EvidenceDataset.sample_shards`; all if None. Which ones
+            follows from the dataset's seed and the step, so a resumed run samples the same.
         batch_size: documents in one call of `embed`.
         progress: show a bar; "async" shows none.
         mode: "blocking" or "async".
 
     Raises:
+        RuntimeError: another process trains in the same `output_dir`, with checkpoints.
         ValueError: options out of range; `dispatch_batches` or `restore_callback_states_from_checkpoint` is on; nobody
             knows the padding token; the checkpoint has no groups, damaged ones, those of another corpus or of other
             options; what `EvidenceDataset.find_groups` raises, in async mode with the next update after it happened.
@@ -111,13 +113,16 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
         self._batches = 0
         self._search: BackgroundSearch | None = None
         self._process_group = None
+        self._claim: FolderClaim | None = None
         self._not_logged: dict[str, float] = {}
 
     def on_init_end(self, args, state, control, **kwargs):
         # The others look for a checkpoint when this is done.
         with args.main_process_first(local=False, desc="setting half checkpoints aside"):
-            if args.process_index == 0:
-                set_aside_half_checkpoints(args.output_dir)
+            # What another run is writing is not to be set aside.
+            if args.process_index == 0 and Path(args.output_dir).is_dir():
+                with suppress(RuntimeError), FolderClaim(args.output_dir):
+                    set_aside_half_checkpoints(args.output_dir)
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "restore_callback_states_from_checkpoint must be False, because with it Trainer makes its callbacks "
@@ -130,6 +135,8 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
                 "dispatch_batches must be False, because one process would read the batches of all, and the groups of "
                 "each could not be told from its place. Leave it out: every process then reads its own batches."
             )
+        if args.process_index == 0 and args.save_strategy != "no":
+            self._claim = self._claim or FolderClaim(args.output_dir)
         self._end_search()
         self._training = None
         self._train_began, self._stood_still, self._max_steps = time.perf_counter(), 0.0, state.max_steps
@@ -180,6 +187,9 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
     def on_train_end(self, args, state, control, **kwargs):
         self._end_search()
         self._training = None
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def state(self) -> dict:
         """What a checkpoint keeps, for JSON: the options and, while a training runs, its groups and its search."""
@@ -283,9 +293,7 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
             )
         shards = None
         if self.shards_per_refresh is not None:
-            rng = np.random.default_rng([self.dataset.seed, step])
-            sample = rng.choice(len(self.dataset.shards), self.shards_per_refresh, replace=False)
-            shards = [self.dataset.shards[i] for i in sample]
+            shards = self.dataset.sample_shards(self.shards_per_refresh, step)
         return partial(
             self.dataset.find_groups, pad_token_id=pad_token_id, shards=shards, batch_size=self.batch_size, **options
         )
