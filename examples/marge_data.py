@@ -66,6 +66,9 @@ class EvidenceArguments:
     )
     pairs_per_target: int = field(default=8, metadata={"help": "most relevant pairs that are kept, for each target"})
     cross_language_weight: float = field(default=100.0, metadata={"help": "of a pair in two languages; others have 1"})
+    center_languages: bool = field(
+        default=False, metadata={"help": "compare documents less the mean of their language: finds more translations"}
+    )
     first_chunks_only: bool = field(default=False, metadata={"help": "only the beginnings of documents are targets"})
     first_groups: Literal["lexical", "model"] = field(
         default="lexical", metadata={"help": "by rare words in common, or by the model's embeddings (the paper)"}
@@ -98,7 +101,8 @@ class EvidenceArguments:
 
     def make_dataset(self, documents: Dataset, evidence: Dataset | None, seed: int) -> EvidenceDataset:
         names = ("num_targets", "num_evidence", "strategy", "pairs_per_target", "cross_language_weight")
-        options = {name: getattr(self, name) for name in (*names, "first_chunks_only", "max_tokens")}
+        names += ("first_chunks_only", "max_tokens", "center_languages")
+        options = {name: getattr(self, name) for name in names}
         return EvidenceDataset(documents, evidence=evidence, seed=seed, **options)
 
 

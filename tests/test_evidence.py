@@ -3,7 +3,13 @@ import pytest
 import torch
 
 from hf_paraphrase_lm.retrieval import evidence as module
-from hf_paraphrase_lm.retrieval.evidence import grow_groups, nearest_evidence, relevance_moments, relevant_pairs
+from hf_paraphrase_lm.retrieval.evidence import (
+    grow_groups,
+    nearest_evidence,
+    relevance_moments,
+    relevant_pairs,
+    without_language,
+)
 
 from .reference import evidence as naive
 
@@ -242,3 +248,18 @@ def test_hubs_do_not_slow_it_down():
     groups = grow_groups(targets[order], evidence[order], np.ones(len(targets)), 8, 8, np.random.default_rng(0))
     assert len(groups) == 1250
     assert all(len(group_targets) == len(group_evidence) == 8 for group_targets, group_evidence in groups)
+
+
+def test_embeddings_without_their_language(embeddings):
+    # The last one is the only document of its language.
+    languages = torch.tensor([row % 3 - 1 for row in range(N - 1)] + [7])
+    found = without_language(embeddings, languages)
+    np.testing.assert_allclose(found, naive.without_language(embeddings.tolist(), languages.tolist()), atol=1e-6)
+    assert not found[-1].any()
+    norms = found[:-1].norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
+def test_documents_of_a_language_that_are_all_the_same():
+    vectors = torch.nn.functional.normalize(torch.rand(1, 64), dim=-1).expand(1000, 64)
+    assert not without_language(vectors, torch.zeros(1000, dtype=torch.int64)).any()

@@ -92,6 +92,35 @@ def test_groups_are_those_of_the_pairs_of_each_shard(embedder, monkeypatch):
         assert len({shard[row] for row in item["target_rows"] + item["evidence_rows"]}) == 1
 
 
+@pytest.mark.parametrize("is_evidence_apart", [False, True])
+def test_languages_are_taken_away_before_comparing(is_evidence_apart):
+    """Documents point where their language points; only what is left of them tells translations."""
+    language = [("de", "en", "eo")[row % 3] for row in range(N)]
+    texts = torch.randn(N // 3, 8).repeat_interleave(3, dim=0)
+    vectors = texts + 20 * torch.randn(3, 8)[[row % 3 for row in range(N)]]
+    documents = row_documents(N, language=language)
+    options = {}
+    if is_evidence_apart:
+        is_eo = np.array(language) == "eo"
+        options["evidence"] = documents.select(np.flatnonzero(is_eo))
+        documents = documents.select(np.flatnonzero(~is_eo))
+
+    def translations(center):
+        dataset = EvidenceDataset(
+            documents, num_targets=2, num_evidence=2, pairs_per_target=2, center_languages=center, **options
+        )
+        dataset.rebuild(RowEmbedder(vectors), PAD, progress=False)
+        # Documents begin with their row.
+        found = [
+            any(target[0] // 3 == evidence[0] // 3 for evidence in item["input_ids"] if evidence != target)
+            for item in items(dataset)
+            for target in item["labels"]
+        ]
+        return np.mean(found)
+
+    assert translations(center=True) > 0.9 > 0.5 > translations(center=False)
+
+
 def test_statistics(embedder):
     shard = [row % 2 for row in range(N)]
     dataset = EvidenceDataset(row_documents(N, shard=shard), num_targets=4, num_evidence=3)

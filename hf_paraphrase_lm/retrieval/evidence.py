@@ -92,6 +92,29 @@ def _cut(pairs: tuple[torch.Tensor, ...], num_pairs: int) -> tuple[torch.Tensor,
     return tuple(column[best] for column in pairs)
 
 
+def without_language(embeddings: torch.Tensor, languages: torch.Tensor) -> torch.Tensor:
+    """What tells documents of one language apart: embeddings less the mean of their language, normalised anew.
+
+    Our choice. What all documents of a language have in common makes those of related languages similar whatever they
+    say, and they would fill the global cut.
+
+    Args:
+        embeddings: float32 `(n, dim)`, on any device.
+        languages: the number of each row's language, int64 `(n,)`, on the same device; unknown ones have one, too.
+
+    Returns:
+        float32 `(n, dim)`, rows L2-normalised; zeros for the only document of a language.
+    """
+    _, number, count = languages.unique(return_inverse=True, return_counts=True)
+    # In float64, or the mean of many documents that are all the same would not be what they are.
+    means = embeddings.new_zeros(len(count), embeddings.shape[1], dtype=torch.float64)
+    means.index_add_(0, number, embeddings.double()).div_(count[:, None])
+    rest = embeddings - means.float()[number]
+    # What rounding leaves of an embedding that is its language's mean is no direction.
+    rest[rest.norm(dim=-1) < 1e-6] = 0.0
+    return torch.nn.functional.normalize(rest, dim=-1)
+
+
 def relevance_moments(
     targets: torch.Tensor, evidence: torch.Tensor, same_corpus: bool = True
 ) -> tuple[int, float, float]:

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from .corpus import Corpus
 from .embedding import embed_documents, evaluation_mode
-from .evidence import grow_groups, nearest_evidence, relevance_moments, relevant_pairs
+from .evidence import grow_groups, nearest_evidence, relevance_moments, relevant_pairs, without_language
 from .evidence_state import add_description, check_description
 from .fingerprint import corpus_fingerprint
 from .group_tables import Groups, GroupTables
@@ -19,7 +19,7 @@ from .ranks import rank_and_count, share_out, sum_over_ranks
 COLUMNS = ("input_ids", "document", "shard", "language")
 # What groups follow from, besides the corpora and the vectors.
 OPTIONS = ("num_targets", "num_evidence", "strategy", "pairs_per_target", "cross_language_weight", "seed")
-OPTIONS += ("first_chunks_only", "max_tokens")
+OPTIONS += ("first_chunks_only", "max_tokens", "center_languages")
 # Added to an edge's weight times f, so that ties go to the more relevant; too small to outweigh an edge. Our choice.
 TIE_BREAK = 1e-3
 
@@ -57,6 +57,8 @@ class EvidenceDataset(torch.utils.data.Dataset):
         first_chunks_only: a document's chunk 0 alone is a target, every chunk may be evidence (the paper, for news).
         max_tokens: tokens of a group, targets and evidence together and without padding, at the most; `num_targets` and
             `num_evidence` then are the ratio in which the two sides grow, and bounds. None: no budget.
+        center_languages: take away the mean embedding of each language of a shard before documents are compared, see
+            `without_language`. The paper compares embeddings as they are.
 
     Raises:
         ValueError: a missing column, a bad option, no more than `num_evidence` documents, or all of one document; no
@@ -76,6 +78,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
         evidence: Dataset | None = None,
         first_chunks_only: bool = False,
         max_tokens: int | None = None,
+        center_languages: bool = False,
     ):
         for name, value in (
             ("num_targets", num_targets),
@@ -106,6 +109,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.first_chunks_only = first_chunks_only
         self.max_tokens = max_tokens
+        self.center_languages = center_languages
         self._check_sizes()
         # An unknown language is no other language.
         shards, languages = {}, {"": -1, None: -1}
@@ -279,7 +283,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
                 `(groups, num_evidence)`; -1 is no row.
             statistics: `groups`, `targets`; `resting_targets`: possible targets of these shards that are none until
                 the next rebuild; `pairs` kept and `distinct_evidence` in use; `relevance_mean`, `relevance_std` of f
-                over all pairs of a shard, over all shards; `pair_relevance_mean` over those kept;
+                over all pairs of a shard, over all shards; `pair_relevance_mean` over those kept, as compared;
                 `cross_language_share` of those kept; `seconds`.
 
         Raises:
@@ -441,10 +445,11 @@ class EvidenceDataset(torch.utils.data.Dataset):
             else:
                 targets = evidence[np.searchsorted(evidence_rows, target_rows)]
             moments = relevance_moments(targets, evidence, self._one_corpus)
-            documents = (
-                torch.from_numpy(side.document_ids[rows]).to(device)
-                for side, rows in ((self._target_side, target_rows), (self._evidence_side, evidence_rows))
-            )
+            sides = (self._target_side, target_rows), (self._evidence_side, evidence_rows)
+            documents = [torch.from_numpy(side.document_ids[rows]).to(device) for side, rows in sides]
+            if self.center_languages:
+                languages = [torch.from_numpy(side.language_ids[rows]).to(device) for side, rows in sides]
+                targets, evidence = map(without_language, (targets, evidence), languages)
             if self.strategy == "pairs":
                 num_pairs = self.pairs_per_target * len(target_rows)
                 return *relevant_pairs(targets, evidence, *documents, num_pairs, bar.update), moments

@@ -62,6 +62,17 @@ def all_pairs(embeddings, document_ids):
     return sorted(pairs, reverse=True)
 
 
+def without_language(embeddings, languages):
+    """Every embedding less the mean of its language, divided by its length, as lists."""
+    rest = []
+    for row, language in zip(embeddings, languages, strict=True):
+        others = [other for other, same in zip(embeddings, languages, strict=True) if same == language]
+        vector = [x - sum(column) / len(others) for x, *column in zip(row, *others, strict=True)]
+        length = math.sqrt(sum(x * x for x in vector))
+        rest.append([x / length if length > 1e-6 else 0.0 for x in vector])
+    return rest
+
+
 def inner_weight(weight, targets, evidence):
     """Sum of the weights of a group's inner edges; `weight` is a dictionary (target, evidence) -> weight."""
     return sum(weight.get((t, e), 0.0) for t in targets for e in evidence)
