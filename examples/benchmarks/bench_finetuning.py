@@ -22,13 +22,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # Script and arguments of each task, and its metric.
-PAIR = "run_classification.py --num_train_epochs {} --text_column {} --text_pair_column {}"
-QA = "run_qa.py --max_length 128 --doc_stride 32 --num_train_epochs 1 --max_train_samples 4000"
+PAIR = "run_classification.py --num_train_epochs 3 --text_column {} --text_pair_column {}"
+QA = "run_qa.py --max_length 128 --doc_stride 32 --num_train_epochs 1"
 TASKS = {
-    "sent_polarity": ("run_classification.py --num_train_epochs 1 --text_column text", "accuracy"),
-    "mrpc": (PAIR.format(2, "sentence1", "sentence2"), "accuracy"),
-    "snli_small": (PAIR.format(1, "sentence1", "sentence2"), "accuracy"),
-    "qnli_from_squad": (PAIR.format(1, "question", "sentence") + " --max_length 128", "accuracy"),
+    "sent_polarity": ("run_classification.py --num_train_epochs 3 --text_column text", "accuracy"),
+    "mrpc": (PAIR.format("sentence1", "sentence2"), "accuracy"),
+    "snli_small": (PAIR.format("sentence1", "sentence2"), "accuracy"),
+    "qnli_from_squad": (PAIR.format("question", "sentence") + " --max_length 128", "accuracy"),
     "squad": (QA, "f1"),
     "squad2": (QA + " --version_2_with_negative", "f1"),
 }
