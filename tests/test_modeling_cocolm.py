@@ -366,16 +366,32 @@ def test_padding_token_gets_no_gradient_as_input_but_cls_does():
 # Sampling
 
 
-def record_probabilities(monkeypatch):
+def record_logits(monkeypatch):
     recorded = []
-    multinomial = torch.multinomial
+    draw = modeling_cocolm._draw
 
-    def recording(probabilities, *args, **kwargs):
-        recorded.append(probabilities)
-        return multinomial(probabilities, *args, **kwargs)
+    def recording(logits):
+        recorded.append(logits)
+        return draw(logits)
 
-    monkeypatch.setattr(torch, "multinomial", recording)
+    monkeypatch.setattr(modeling_cocolm, "_draw", recording)
     return recorded
+
+
+def test_tokens_are_drawn_by_their_probabilities():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.29, 0.01, 0.0])
+    drawn = modeling_cocolm._draw(probabilities.log().expand(100_000, -1))
+    shares = torch.bincount(drawn, minlength=7) / 100_000
+    # Five standard deviations of the largest.
+    torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.008)
+    assert not shares[probabilities == 0].any()
+
+
+@pytest.mark.parametrize("drawn", [0.0, 1.0])
+def test_a_draw_at_an_end_is_a_token_of_the_vocabulary(monkeypatch, drawn):
+    monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, drawn))
+    assert modeling_cocolm._draw(torch.zeros(3, 5)).tolist() == [4 * int(drawn)] * 3
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "zero_dropout"])
@@ -383,7 +399,7 @@ def test_sampling_modes(monkeypatch, mode):
     config = tiny_config(auxiliary_sampling=mode, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model = CocoLMForPretraining(config)
     batch = pretraining_batch(corrupted=False)
-    probabilities = record_probabilities(monkeypatch)
+    logits = record_logits(monkeypatch)
     trained = model(**batch, output_logits=True)
     assert model.auxiliary.training
     evaluated = model.eval()(**batch, output_logits=True)
@@ -391,8 +407,8 @@ def test_sampling_modes(monkeypatch, mode):
     loss_has_dropout = not torch.allclose(F.softmax(trained.auxiliary_logits, dim=-1), without)
     assert loss_has_dropout == (mode != "zero_dropout")
     expected = F.softmax(trained.auxiliary_logits, dim=-1) if mode == "train" else without
-    torch.testing.assert_close(probabilities[0], expected)
-    torch.testing.assert_close(probabilities[1], without)
+    torch.testing.assert_close(F.softmax(logits[0], dim=-1), expected)
+    torch.testing.assert_close(F.softmax(logits[1], dim=-1), without)
 
 
 def test_sampling_keeps_the_modes_of_the_auxiliary_network():

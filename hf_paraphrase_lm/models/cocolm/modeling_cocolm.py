@@ -227,6 +227,17 @@ def contrastive_loss(
     return loss + (cross_entropy(scores[is_own], positive[is_own], num_anchors) - loss).detach()
 
 
+def _draw(logits: torch.Tensor) -> torch.Tensor:
+    """One of each row's classes by their probabilities, `(rows,)`, int64, for logits `(rows, classes)`.
+
+    A row takes one random number. `torch.multinomial` takes one for each class: on a CPU, 9% of the time of an update.
+    """
+    cumulative = F.softmax(logits, dim=-1, dtype=torch.float32).cumsum(dim=-1)
+    drawn = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+    # The product may be rounded up to the sum.
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -1127,8 +1138,7 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
             for module, mode in modes.items():
                 module.training = mode
-        probabilities = F.softmax(auxiliary_logits, dim=-1, dtype=torch.float32)
-        return torch.multinomial(probabilities, num_samples=1).squeeze(-1)
+        return _draw(auxiliary_logits)
 
     def _gathers(self) -> bool:
         """Whether texts are contrasted over all ranks: only in training, where every rank takes every step."""
