@@ -69,6 +69,7 @@ class EvidenceArguments:
     center_languages: bool = field(
         default=False, metadata={"help": "compare documents less the mean of their language: finds more translations"}
     )
+    other_languages_only: bool = field(default=False, metadata={"help": "evidence is never of its target's language"})
     first_chunks_only: bool = field(default=False, metadata={"help": "only the beginnings of documents are targets"})
     first_groups: Literal["lexical", "model"] = field(
         default="lexical", metadata={"help": "by rare words in common, or by the model's embeddings (the paper)"}
@@ -101,7 +102,7 @@ class EvidenceArguments:
 
     def make_dataset(self, documents: Dataset, evidence: Dataset | None, seed: int) -> EvidenceDataset:
         names = ("num_targets", "num_evidence", "strategy", "pairs_per_target", "cross_language_weight")
-        names += ("first_chunks_only", "max_tokens", "center_languages")
+        names += ("first_chunks_only", "max_tokens", "center_languages", "other_languages_only")
         options = {name: getattr(self, name) for name in names}
         return EvidenceDataset(documents, evidence=evidence, seed=seed, **options)
 

@@ -79,6 +79,10 @@ class NetworkArguments:
         default=None,
         metadata={"help": "how much relevance also learns from what the decoder reads"},
     )
+    contrastive_loss_weight: float | None = field(
+        default=None,
+        metadata={"help": "how much relevance also learns to tell a target's evidence from that of other groups"},
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "'sdpa', 'eager'; on a CPU with --bf16, 'eager' is the fastest for short texts"}
     )
@@ -172,8 +176,9 @@ def load_model(network: NetworkArguments, tokenizer) -> MargeForConditionalGener
         raise ValueError(
             f"--model_name_or_path must be a MARGE checkpoint, but is of the family {config.model_type!r}."
         )
-    if network.distillation_loss_weight is not None:
-        config.distillation_loss_weight = network.distillation_loss_weight
+    for weight in ("distillation_loss_weight", "contrastive_loss_weight"):
+        if getattr(network, weight) is not None:
+            setattr(config, weight, getattr(network, weight))
     override(config, network.config_overrides)
     if name:
         model = ModelArguments(name).load(MargeForConditionalGeneration, config)

@@ -121,6 +121,26 @@ def test_languages_are_taken_away_before_comparing(is_evidence_apart):
     assert translations(center=True) > 0.9 > 0.5 > translations(center=False)
 
 
+def test_evidence_of_other_languages_only(embedder):
+    language = ["de" if row % 3 else "en" for row in range(N)]
+    documents = row_documents(N, language=language)
+    options = {"num_targets": 3, "num_evidence": 3, "pairs_per_target": 2}
+    shares = []
+    for only in (False, True):
+        dataset = EvidenceDataset(documents, other_languages_only=only, **options)
+        shares.append(dataset.rebuild(embedder, PAD, progress=False)["cross_language_share"])
+    assert shares[0] < 0.9 and shares[1] == 1
+    # Every target has evidence of another language; that of its group's other targets it may see, too.
+    for item in items(dataset):
+        found = {language[row] for row in item["evidence_rows"]}
+        assert all(found - {language[row]} for row in item["target_rows"])
+    # The original's way, every target with its own.
+    dataset = EvidenceDataset(documents, 1, 3, "neighbors", other_languages_only=True)
+    dataset.rebuild(embedder, PAD, progress=False)
+    for item in items(dataset):
+        assert language[item["target_rows"][0]] not in {language[row] for row in item["evidence_rows"]}
+
+
 def test_statistics(embedder):
     shard = [row % 2 for row in range(N)]
     dataset = EvidenceDataset(row_documents(N, shard=shard), num_targets=4, num_evidence=3)
@@ -249,6 +269,12 @@ def test_first_use_without_rebuild():
         (row_documents(20), {"num_targets": 0}, "num_targets must be at least 1, but got 0."),
         (row_documents(20), {"num_evidence": 0}, "num_evidence must be at least 1, but got 0."),
         (row_documents(20), {"pairs_per_target": 0}, "pairs_per_target must be at least 1, but got 0."),
+        (
+            row_documents(20, language=["de", None] * 10),
+            {"other_languages_only": True},
+            "other_languages_only=True needs the language of every document, but 10 have none. Name the column of "
+            "languages in chunk_documents, or drop these documents.",
+        ),
         (row_documents(20), {"cross_language_weight": 0}, "cross_language_weight must be positive, but got 0."),
         (row_documents(20), {"strategy": "knn"}, "strategy must be 'pairs' or 'neighbors', but got 'knn'."),
         (

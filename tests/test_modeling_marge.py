@@ -436,6 +436,42 @@ def test_distillation_teaches_the_student_only():
     assert logits.grad is None and scores.grad[~visible].eq(0).all() and scores.grad[0].ne(0).all()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_contrastive_loss(batch, autocast):
+    """Copies of a target, of its evidence, empty documents, empty targets and hidden evidence included."""
+    documents = [random_ids([7, 9, 4]), [*random_ids([7]), *random_ids([5], seed=3)], random_ids([6, 8], seed=4)]
+    targets = [*random_ids([6, 3], seed=1), documents[2][0], *random_ids([8], seed=5), *random_ids([4], seed=6), []]
+    documents[1].append(targets[0])
+    input_ids = pad([ids for group in documents for ids in group] + [[]], 1)
+    evidence_mask = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]]).bool()
+    inputs = {"input_ids": input_ids.view(3, 3, -1), "labels": pad(targets, -100), "evidence_mask": evidence_mask}
+    changes = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    model = make_model(contrastive_loss_weight=0.5, contrastive_temperature=0.3, **changes).train()
+    plain = make_model(**changes).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs, expected = model(**inputs), plain(**inputs)
+        assert expected.contrastive_loss is None and model.eval()(**inputs).contrastive_loss is None
+        torch.testing.assert_close(outputs.loss, expected.loss + 0.5 * outputs.contrastive_loss)
+        texts = [[*group, []][:3] for group in documents]
+        with torch.no_grad():
+            embed = [[model.embed(torch.tensor([ids or [1]]))[0] for ids in group] for group in [*texts, targets]]
+    relevance = [[[float(x @ z) for z in group] for group in embed[:3]] for x in embed[3]]
+    counts = [len(ids) for ids in targets]
+    visible = evidence_mask.tolist()
+    expected = reference.contrastive(relevance, texts, targets, [0, 0, 1, 1, 2, 2], visible, counts, 0.3)
+    assert outputs.contrastive_loss.item() == pytest.approx(expected, abs=0.05 if autocast else 1e-5)
+
+
+def test_contrastive_loss_needs_other_groups_and_one_document_is_enough(batch):
+    model = make_model(contrastive_loss_weight=0.5).train()
+    alone = model(batch["input_ids"][:1], labels=batch["labels"][:2])
+    assert alone.contrastive_loss == 0
+    # Relevance of a single document is irrelevant to reconstruction, but not here.
+    model(batch["input_ids"][:, :1], labels=batch["labels"]).contrastive_loss.backward()
+    own = model.model.encoder.layers[: model.config.retrieval_layers].parameters()
+    assert all(parameter.grad is not None for parameter in own)
+
+
 def test_loss_over_accumulated_batches_is_a_mean_over_all_tokens(batch):
     model = make_model(distillation_loss_weight=0.5, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
     whole = model(**batch).loss
@@ -724,6 +760,8 @@ def test_stock_seq2seq_fine_tuning(tmp_path):
         ({"decoder_base_layers": -1}, "decoder_base_layers must not be negative, but got -1."),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be in [0, 1), but got 1.5."),
         ({"distillation_loss_weight": -1}, "distillation_loss_weight must not be negative, but got -1."),
+        ({"contrastive_loss_weight": -1}, "contrastive_loss_weight must not be negative, but got -1."),
+        ({"contrastive_temperature": 0}, "contrastive_temperature must be positive, but got 0."),
     ],
 )
 def test_bad_configuration(change, sentence):
@@ -749,6 +787,8 @@ def test_every_field_is_read(batch):
         "hidden_dropout_prob": 0.5,
         "attention_probs_dropout_prob": 0.5,
         "distillation_loss_weight": 1.0,
+        "contrastive_loss_weight": 1.0,
+        "contrastive_temperature": 0.5,
         "initializer_range": 0.1,
         "layer_norm_eps": 0.5,
     }
@@ -762,10 +802,11 @@ def test_every_field_is_read(batch):
         outputs = model(**batch)
         return sum(p.numel() for p in model.parameters()), outputs.loss.item()
 
-    default = run()
-    assert run() == default
     for name, value in changes.items():
-        assert run(**{name: value}) != default, name
+        needed = {"contrastive_loss_weight": 1.0} if name == "contrastive_temperature" else {}
+        default = run(**needed)
+        assert run(**needed) == default
+        assert run(**needed, **{name: value}) != default, name
 
 
 def test_bad_input(batch):

@@ -19,7 +19,7 @@ from .ranks import rank_and_count, share_out, sum_over_ranks
 COLUMNS = ("input_ids", "document", "shard", "language")
 # What groups follow from, besides the corpora and the vectors.
 OPTIONS = ("num_targets", "num_evidence", "strategy", "pairs_per_target", "cross_language_weight", "seed")
-OPTIONS += ("first_chunks_only", "max_tokens", "center_languages")
+OPTIONS += ("first_chunks_only", "max_tokens", "center_languages", "other_languages_only")
 # Added to an edge's weight times f, so that ties go to the more relevant; too small to outweigh an edge. Our choice.
 TIE_BREAK = 1e-3
 
@@ -59,10 +59,11 @@ class EvidenceDataset(torch.utils.data.Dataset):
             `num_evidence` then are the ratio in which the two sides grow, and bounds. None: no budget.
         center_languages: take away the mean embedding of each language of a shard before documents are compared, see
             `without_language`. The paper compares embeddings as they are.
+        other_languages_only: pairs of one language are none; else they fill most of the cut. The paper has both kinds.
 
     Raises:
         ValueError: a missing column, a bad option, no more than `num_evidence` documents, or all of one document; no
-            evidence for a shard of the documents.
+            evidence for a shard of the documents; a document of unknown language with `other_languages_only`.
         RuntimeError: an item is read before the first `rebuild`.
     """
 
@@ -79,6 +80,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
         first_chunks_only: bool = False,
         max_tokens: int | None = None,
         center_languages: bool = False,
+        other_languages_only: bool = False,
     ):
         for name, value in (
             ("num_targets", num_targets),
@@ -110,6 +112,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
         self.first_chunks_only = first_chunks_only
         self.max_tokens = max_tokens
         self.center_languages = center_languages
+        self.other_languages_only = other_languages_only
         self._check_sizes()
         # An unknown language is no other language.
         shards, languages = {}, {"": -1, None: -1}
@@ -158,6 +161,13 @@ class EvidenceDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"All {len(self.documents)} rows are chunks of one document, so no target can have evidence: "
                 "a target never sees its own document. Give more documents."
+            )
+        sides = (self._target_side, self._evidence_side) if self.other_languages_only else ()
+        unknown = [int((side.language_ids < 0).sum()) for side in sides]
+        if any(unknown):
+            raise ValueError(
+                f"other_languages_only=True needs the language of every document, but {max(unknown)} have none. Name "
+                "the column of languages in chunk_documents, or drop these documents."
             )
         without = [value for i, value in enumerate(self.shards) if len(self._evidence_side.rows(i)) == 0]
         if without:
@@ -447,9 +457,11 @@ class EvidenceDataset(torch.utils.data.Dataset):
             moments = relevance_moments(targets, evidence, self._one_corpus)
             sides = (self._target_side, target_rows), (self._evidence_side, evidence_rows)
             documents = [torch.from_numpy(side.document_ids[rows]).to(device) for side, rows in sides]
+            languages = [torch.from_numpy(side.language_ids[rows]).to(device) for side, rows in sides]
             if self.center_languages:
-                languages = [torch.from_numpy(side.language_ids[rows]).to(device) for side, rows in sides]
                 targets, evidence = map(without_language, (targets, evidence), languages)
+            # What a target is never paired with: its own document, or all of its language.
+            documents = languages if self.other_languages_only else documents
             if self.strategy == "pairs":
                 num_pairs = self.pairs_per_target * len(target_rows)
                 return *relevant_pairs(targets, evidence, *documents, num_pairs, bar.update), moments

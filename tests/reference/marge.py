@@ -99,3 +99,26 @@ def distillation(evidence_logits, relevance, evidence_mask, num_tokens):
         student = [math.exp(f[j]) / sum(math.exp(f[i]) for i in seen) for j in seen]
         total += n * sum(t * math.log(t / s) for t, s in zip(teacher, student, strict=True))
     return total / sum(num_tokens)
+
+
+def contrastive(relevance, evidence, targets, groups, evidence_mask, num_tokens, temperature):
+    """Token-weighted mean of -log(own / all) in exp(f / temperature), over own evidence and the other groups' texts.
+
+    `relevance[i][g][j]` is f of target i and document j of group g; `evidence[g][j]` and `targets[i]` are lists of ids,
+    an empty list no document; `groups[i]` is the group of target i and `evidence_mask[i]` for the documents there.
+    """
+    total = 0.0
+    for i, (target, group) in enumerate(zip(targets, groups, strict=True)):
+        own = [j for j, text in enumerate(evidence[group]) if text and evidence_mask[i][j]]
+        if not own:
+            continue
+        positives = [evidence[group][j] for j in own]
+        scores = [math.exp(relevance[i][group][j] / temperature) for j in own]
+        others = [
+            math.exp(relevance[i][g][j] / temperature)
+            for g, texts in enumerate(evidence)
+            for j, text in enumerate(texts)
+            if g != group and text and text != target and text not in positives
+        ]
+        total -= num_tokens[i] * math.log(sum(scores) / (sum(scores) + sum(others)))
+    return total / sum(num_tokens)

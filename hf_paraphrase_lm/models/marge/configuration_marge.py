@@ -32,6 +32,11 @@ class MargeConfig(PreTrainedConfig):
         distillation_loss_weight (`float`, defaults to 0.0):
             Weight of KL(cross-attention || relevance), which teaches the relevance scores what the decoder reads.
             Not in the paper; known from marge-pytorch. 0 computes nothing.
+        contrastive_loss_weight (`float`, defaults to 0.0):
+            Weight of [`contrastive_loss`](modeling_marge.py), which makes a target's own evidence more relevant than
+            that of the other groups in the batch. Not in the paper: our choice, for small corpora, which reconstruction
+            alone does not teach what is relevant. 0 computes nothing.
+        contrastive_temperature (`float`, defaults to 0.05): Divisor of the relevance scores in that loss.
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights (our choice).
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm (our choice).
         classifier_dropout (`float`, *optional*): Dropout of the classification head; `hidden_dropout_prob` if `None`.
@@ -60,6 +65,7 @@ class MargeConfig(PreTrainedConfig):
         "past_key_values",
         "relevance_scores",
         "distillation_loss",
+        "contrastive_loss",
         "encoder_last_hidden_state",
         "document_embeddings",
     ]
@@ -81,6 +87,8 @@ class MargeConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     distillation_loss_weight: float | int = 0.0
+    contrastive_loss_weight: float | int = 0.0
+    contrastive_temperature: float | int = 0.05
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5
     classifier_dropout: float | int | None = None
@@ -116,8 +124,11 @@ class MargeConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
-        if self.distillation_loss_weight < 0:
-            raise ValueError(f"distillation_loss_weight must not be negative, but got {self.distillation_loss_weight}.")
+        for name in ("distillation_loss_weight", "contrastive_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but got {getattr(self, name)}.")
+        if self.contrastive_temperature <= 0:
+            raise ValueError(f"contrastive_temperature must be positive, but got {self.contrastive_temperature}.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, but got {self.hidden_act!r}.")
 

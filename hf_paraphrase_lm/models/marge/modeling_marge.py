@@ -93,11 +93,13 @@ class MargeModelOutput(Seq2SeqModelOutput):
         document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`, float32): g(z).
         relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
         distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`distillation_loss`].
+        contrastive_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`contrastive_loss`].
     """
 
     document_embeddings: torch.FloatTensor | None = None
     relevance_scores: torch.FloatTensor | None = None
     distillation_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -105,15 +107,17 @@ class MargeLMOutput(Seq2SeqLMOutput):
     """Output of [`MargeForConditionalGeneration`].
 
     Args:
-        loss (`torch.FloatTensor` of shape `()`, nats a token): Reconstruction loss, plus the distillation loss times
-            its weight.
+        loss (`torch.FloatTensor` of shape `()`, nats a token): Reconstruction loss, plus the distillation loss and the
+            contrastive loss times their weights.
         logits (`torch.FloatTensor` of shape `(targets, target_length, vocab_size)`): Scores before the softmax.
-        document_embeddings, relevance_scores, distillation_loss and the remaining fields: See [`MargeModelOutput`].
+        document_embeddings, relevance_scores, distillation_loss, contrastive_loss and the remaining fields: See
+            [`MargeModelOutput`].
     """
 
     document_embeddings: torch.FloatTensor | None = None
     relevance_scores: torch.FloatTensor | None = None
     distillation_loss: torch.FloatTensor | None = None
+    contrastive_loss: torch.FloatTensor | None = None
 
 
 def eager_attention_forward(
@@ -622,6 +626,43 @@ def distillation_loss(
     return (divergence * num_tokens).sum() / num_tokens.sum().clamp(min=1)
 
 
+def contrastive_loss(
+    relevance_scores: torch.Tensor,
+    evidence_mask: torch.Tensor,
+    is_negative: torch.Tensor,
+    num_tokens: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """-log of the share of own evidence in exp(f / temperature) over the batch, a mean over targets, in nats.
+
+    That one document at least among several is relevant, not all, is what the groups promise; this is the loss of Miech
+    et al. 2020 (MIL-NCE, equation 1) for that, from targets to evidence. Targets count by their number of tokens, as in
+    [`distillation_loss`]; one without evidence, or in a batch without any other, counts 0.
+
+    Args:
+        relevance_scores (`torch.FloatTensor` of shape `(targets, groups * num_evidence)`): f(x, z) for all evidence of
+            the batch.
+        evidence_mask, is_negative (`torch.BoolTensor` of that shape): Own evidence of a target, and what it is
+            contrasted with.
+        num_tokens (`torch.Tensor` of shape `(targets,)`): Tokens of each target.
+        temperature: Divisor of f.
+    """
+    scores = relevance_scores.float() / temperature
+    own = scores.masked_fill(~evidence_mask, HIDDEN_SCORE).logsumexp(-1)
+    all_evidence = scores.masked_fill(~(evidence_mask | is_negative), HIDDEN_SCORE).logsumexp(-1)
+    losses = (all_evidence - own).masked_fill(~evidence_mask.any(-1), 0.0)
+    return (losses * num_tokens).sum() / num_tokens.sum().clamp(min=1)
+
+
+def is_same_text(input_ids: torch.LongTensor, others: torch.LongTensor, pad_token_id: int) -> torch.BoolTensor:
+    """`(n, m)`: which of the texts `(n, length)` and `(m, other_length)`, padded on the right, are the same tokens."""
+    length = max(input_ids.shape[1], others.shape[1])
+    input_ids, others = (
+        nn.functional.pad(ids, (0, length - ids.shape[1]), value=pad_token_id) for ids in (input_ids, others)
+    )
+    return (input_ids[:, None] == others).all(-1)
+
+
 class MargeModel(MargePreTrainedModel):
     """Encoder and decoder without a head: decoder states of targets that read their evidence."""
 
@@ -739,15 +780,23 @@ class MargeModel(MargePreTrainedModel):
         is_document = attention_mask.any(-1).repeat_interleave(targets // groups, dim=0)
         evidence_mask = is_document if evidence_mask is None else evidence_mask.bool() & is_document
 
+        contrast = None
+        contrasts = self.config.contrastive_loss_weight > 0 and self.training and input_ids is not None
         if relevance_scores is None:
-            if target_input_ids is not None and document_embeddings is not None and num_evidence > 1:
+            is_needed = num_evidence > 1 or contrasts
+            if target_input_ids is not None and document_embeddings is not None and is_needed:
                 if target_attention_mask is None:
                     target_attention_mask = mask_of(target_input_ids, self.config.pad_token_id)
                 document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
-                embeddings = self.embed(*document).unflatten(0, (groups, -1))
+                embeddings = self.embed(*document)
                 # In bf16 the cosines of similar documents, all close to 1, would be one and the same.
                 with maybe_autocast(embeddings.device.type, enabled=False):
-                    relevance_scores = (embeddings @ document_embeddings.transpose(1, 2)).flatten(0, 1)
+                    by_group = embeddings.unflatten(0, (groups, -1))
+                    relevance_scores = (by_group @ document_embeddings.transpose(1, 2)).flatten(0, 1)
+                    if contrasts:
+                        all_scores = embeddings @ document_embeddings.flatten(0, 1).T
+                        own = evidence_mask, target_attention_mask.sum(-1)
+                        contrast = self.contrastive_loss(all_scores, document, input_ids, attention_mask, *own)
             else:
                 relevance_scores = evidence_states.new_ones(targets, num_evidence)
         relevance_scores = relevance_scores.float()
@@ -777,6 +826,7 @@ class MargeModel(MargePreTrainedModel):
             last_hidden_state=decoder_outputs.last_hidden_state,
             relevance_scores=relevance_scores,
             distillation_loss=distillation,
+            contrastive_loss=contrast,
             past_key_values=decoder_outputs.past_key_values,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
@@ -786,6 +836,33 @@ class MargeModel(MargePreTrainedModel):
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
         )
+
+    def contrastive_loss(
+        self, relevance_scores, document, input_ids, attention_mask, evidence_mask, num_tokens
+    ) -> torch.Tensor:
+        """[`contrastive_loss`] with the evidence of other groups, as far as it is another text than any of a target's.
+
+        Args:
+            relevance_scores: `(targets, groups * num_evidence)`.
+            document: ids and mask of the targets as documents, both `(targets, target_length)`.
+            input_ids, attention_mask: `(groups, num_evidence, length)`.
+            evidence_mask: `(targets, num_evidence)`.
+            num_tokens: `(targets,)`.
+        """
+        groups, num_evidence = attention_mask.shape[:2]
+        group = torch.arange(groups, device=evidence_mask.device).repeat_interleave(len(evidence_mask) // groups)
+        is_own = evidence_mask.new_zeros(len(evidence_mask), groups, num_evidence)
+        is_own[torch.arange(len(group), device=group.device), group] = evidence_mask
+        is_own = is_own.flatten(1)
+        pad = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+        evidence = input_ids.reshape(groups * num_evidence, -1).masked_fill(~attention_mask.flatten(0, 1), pad)
+        targets = document[0].masked_fill(~document[1].bool(), pad)
+        # Of one text, a target's own or one of its evidence, there may be copies in other groups.
+        same = is_same_text(evidence, evidence, pad).to(relevance_scores.dtype)
+        is_known = (is_own.to(same.dtype) @ same > 0) | is_same_text(targets, evidence, pad)
+        in_own_group = torch.arange(groups, device=group.device).repeat_interleave(num_evidence) == group[:, None]
+        is_negative = attention_mask.any(-1).flatten() & ~in_own_group & ~is_known
+        return contrastive_loss(relevance_scores, is_own, is_negative, num_tokens, self.config.contrastive_temperature)
 
 
 class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
@@ -890,9 +967,11 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
             num_tokens = target_attention_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
             loss = loss / num_tokens
+            share = target_attention_mask.sum() / num_tokens
             if outputs.distillation_loss is not None:
-                share = target_attention_mask.sum() / num_tokens
                 loss = loss + self.config.distillation_loss_weight * outputs.distillation_loss * share
+            if outputs.contrastive_loss is not None:
+                loss = loss + self.config.contrastive_loss_weight * outputs.contrastive_loss * share
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MargeLMOutput(loss=loss, logits=logits, **fields)
 
@@ -942,7 +1021,7 @@ class MargeForSequenceClassification(MargePreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        own = ("last_hidden_state", "document_embeddings", "relevance_scores", "distillation_loss")
+        own = ("last_hidden_state", "document_embeddings", "relevance_scores", "distillation_loss", "contrastive_loss")
         fields = {name: value for name, value in outputs.items() if name not in own}
         return Seq2SeqSequenceClassifierOutput(loss=loss, logits=logits, **fields)
 
