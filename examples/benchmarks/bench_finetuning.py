@@ -21,16 +21,17 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Script and arguments of each task, and its metric.
-PAIR = "run_classification.py --num_train_epochs 3 --text_column {} --text_pair_column {}"
+# Script and arguments of each task, and its metric. Of SQuAD 2.0 it is the F1 with the best threshold for no answer, as
+# the official evaluation has it.
+PAIR = "run_classification.py --num_train_epochs 2 --text_column {} --text_pair_column {}"
 QA = "run_qa.py --max_length 128 --doc_stride 32 --num_train_epochs 1"
 TASKS = {
-    "sent_polarity": ("run_classification.py --num_train_epochs 3 --text_column text", "accuracy"),
+    "sent_polarity": ("run_classification.py --num_train_epochs 2 --text_column text", "accuracy"),
     "mrpc": (PAIR.format("sentence1", "sentence2"), "accuracy"),
     "snli_small": (PAIR.format("sentence1", "sentence2"), "accuracy"),
     "qnli_from_squad": (PAIR.format("question", "sentence") + " --max_length 128", "accuracy"),
     "squad": (QA, "f1"),
-    "squad2": (QA + " --version_2_with_negative", "f1"),
+    "squad2": (QA + " --version_2_with_negative", "best_f1"),
 }
 # Our choice for small networks; on a CPU, plain attention is the fastest in bfloat16 for short texts.
 SETTINGS = "--learning_rate 5e-4 --max_grad_norm 1.0 --train_sampling_strategy group_by_length"
@@ -63,7 +64,7 @@ def measure(args, seed: int, task: str, is_random: bool) -> float:
         note.write_text(text)
         subprocess.run(run, check=True)
     # Accuracies are shares, F1 of answers is in percent.
-    return json.loads(results.read_text())[metric] * (1 if TASKS[task][1] == "f1" else 100)
+    return json.loads(results.read_text())[metric] * (1 if TASKS[task][1].endswith("f1") else 100)
 
 
 def main():
