@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +26,7 @@ from hf_paraphrase_lm import (
     MargeForSequenceClassification,
     MargeModel,
 )
+from hf_paraphrase_lm.models.marge import modeling_marge
 from hf_paraphrase_lm.models.marge.modeling_marge import MargeCrossAttention, distillation_loss
 
 from .reference import marge as reference
@@ -390,7 +392,7 @@ def test_embedding_is_the_same_in_every_mode(batch):
 
 def test_dropout_where_it_belongs(batch):
     model = make_model(hidden_dropout_prob=0.3).train()
-    assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    assert model(**batch).loss != model(**batch).loss
     ids = batch["input_ids"][:, 0]
     states = [model.model.encoder(ids, output_hidden_states=True).hidden_states for _ in range(2)]
     assert not torch.equal(states[0][1], states[1][1])  # one document a target: in every layer
@@ -470,6 +472,24 @@ def test_contrastive_loss_needs_other_groups_and_one_document_is_enough(batch):
     model(batch["input_ids"][:, :1], labels=batch["labels"]).contrastive_loss.backward()
     own = model.model.encoder.layers[: model.config.retrieval_layers].parameters()
     assert all(parameter.grad is not None for parameter in own)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_in_chunks_equals_that_of_all_logits(batch, dtype, monkeypatch):
+    model = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        outputs = model(**batch, output_logits=True)
+        expected = F.cross_entropy(outputs.logits.float().flatten(0, 1), batch["labels"].flatten())
+        model.zero_grad()
+        expected.backward()
+        plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+        # 22 labels.
+        for size in (1, 4, 11, 256):
+            monkeypatch.setattr(modeling_marge, "TOKENS_PER_CPU_CHUNK", size)
+            chunked = model(**batch)
+            assert chunked.logits is None
+            torch.testing.assert_close(chunked.loss, expected, rtol=0, atol=1e-5)
+            assert_same_gradients(gradients(model, **batch), plain, 1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_loss_over_accumulated_batches_is_a_mean_over_all_tokens(batch):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
@@ -46,6 +47,9 @@ from .configuration_marge import MargeConfig
 HIDDEN_SCORE = -1e4
 # Share of the evidence's states that a new cross-attention adds to the decoder's (our choice).
 COPY_SCALE = 0.5
+# Tokens whose scores over the vocabulary are held at a time in training (our choice, the fastest measured): on a CPU so
+# many as fit into its cache.
+TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 
 
 @dataclass
@@ -109,7 +113,8 @@ class MargeLMOutput(Seq2SeqLMOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`, nats a token): Reconstruction loss, plus the distillation loss and the
             contrastive loss times their weights.
-        logits (`torch.FloatTensor` of shape `(targets, target_length, vocab_size)`): Scores before the softmax.
+        logits (`torch.FloatTensor` of shape `(targets, target_length, vocab_size)`, *optional*): Scores before the
+            softmax.
         document_embeddings, relevance_scores, distillation_loss, contrastive_loss and the remaining fields: See
             [`MargeModelOutput`].
     """
@@ -654,6 +659,31 @@ def contrastive_loss(
     return (losses * num_tokens).sum() / num_tokens.sum().clamp(min=1)
 
 
+def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head: nn.Linear) -> torch.Tensor:
+    """-log p of all labels, summed up chunk by chunk, so that the scores of all tokens never exist at once.
+
+    Padding is left out before; scores are computed once more in the backward pass. It takes less time than cross
+    entropy on all scores, as these are not written to memory: on a CPU 0.85 of it with 8192 tokens in the vocabulary.
+
+    Args:
+        states (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Of the decoder.
+        labels (`torch.LongTensor` of shape `(targets, target_length)`): -100 is no label.
+        lm_head: Gives the scores.
+
+    Returns:
+        `torch.FloatTensor` of shape `()`, float32, nats.
+    """
+
+    def loss(states, labels):
+        return nn.functional.cross_entropy(lm_head(states).float(), labels, reduction="sum")
+
+    is_label = labels != -100
+    size = TOKENS_PER_CPU_CHUNK if states.device.type == "cpu" else TOKENS_PER_CHUNK
+    chunks = zip(states[is_label].split(size), labels[is_label].split(size), strict=True)
+    losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return torch.stack(losses).sum()
+
+
 def is_same_text(input_ids: torch.LongTensor, others: torch.LongTensor, pad_token_id: int) -> torch.BoolTensor:
     """`(n, m)`: which of the texts `(n, length)` and `(m, other_length)`, padded on the right, are the same tokens."""
     length = max(input_ids.shape[1], others.shape[1])
@@ -921,6 +951,7 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MargeLMOutput:
@@ -930,6 +961,8 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
                 The targets, with the tokens that a document starts and ends with; -100 where padded. They give the
                 decoder's input, the loss and, with several evidence documents, the relevance scores.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0): Logits of the last positions only; 0 is all.
+            output_logits (`bool`, *optional*): Whether to return logits. If not given: not in training with labels,
+                where they would take most of the memory; see [`reconstruction_loss`].
             num_items_in_batch (`int` or `torch.Tensor`, *optional*):
                 Target tokens of the global batch, gradient accumulation included; divides the loss in `Trainer`.
             input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, relevance_scores, evidence_mask,
@@ -960,13 +993,12 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
             **kwargs,
         )
         positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, positions])
-
-        loss = None
+        logits = loss = None
+        if output_logits or (output_logits is None and not (self.training and labels is not None)):
+            logits = self.lm_head(outputs.last_hidden_state[:, positions])
         if labels is not None:
             num_tokens = target_attention_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-            loss = loss / num_tokens
+            loss = reconstruction_loss(outputs.last_hidden_state, labels, self.lm_head) / num_tokens
             share = target_attention_mask.sum() / num_tokens
             if outputs.distillation_loss is not None:
                 loss = loss + self.config.distillation_loss_weight * outputs.distillation_loss * share
