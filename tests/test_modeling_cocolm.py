@@ -241,7 +241,8 @@ def test_corrective_lm_loss_and_its_gradients_equal_loops(form):
     logits, copy_logits = torch.randn(6, 9, requires_grad=True), torch.randn(6, requires_grad=True)
     labels, sampled = torch.randint(9, (6,)), torch.randint(9, (6,))
     sampled[:3] = labels[:3]
-    loss = modeling_cocolm.corrective_lm_loss(logits, copy_logits, labels, sampled, form)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    loss = modeling_cocolm.corrective_lm_loss(losses, copy_logits, labels, sampled, form)
     expected = reference.corrective_lm_loss(logits, copy_logits, labels, sampled, form)
     torch.testing.assert_close(loss, expected)
     gradient, none = torch.autograd.grad(loss, [logits, copy_logits], allow_unused=True)
@@ -257,7 +258,8 @@ def test_corrective_lm_loss_is_finite_for_certain_networks(form):
         torch.tensor([0, 0, 0]),
         torch.tensor([0, 1, 0]),
     )
-    loss = modeling_cocolm.corrective_lm_loss(logits, copy_logits, labels, sampled, form)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    loss = modeling_cocolm.corrective_lm_loss(losses, copy_logits, labels, sampled, form)
     loss.backward()
     assert loss.isfinite()
     assert logits.grad.isfinite().all()
@@ -269,10 +271,45 @@ def test_every_loss_takes_a_normaliser_of_a_larger_batch():
     for loss, arguments, count in (
         (modeling_cocolm.cross_entropy, (logits, labels), 6),
         (modeling_cocolm.copy_loss, (copy_logits, labels > 4), 6),
-        (modeling_cocolm.corrective_lm_loss, (logits, copy_logits, labels, labels, "released"), 6),
+        (modeling_cocolm.corrective_lm_loss, (logits[:, 0], copy_logits, labels, labels, "released"), 6),
         (modeling_cocolm.contrastive_loss, (logits[:3], logits[3:], is_text, 1.0, False), 6),
     ):
         torch.testing.assert_close(loss(*arguments, 2 * count), loss(*arguments) / 2)
+
+
+@pytest.mark.parametrize("form", ["released", "paper"])
+@pytest.mark.parametrize("size", [1, 4, 256])
+def test_losses_in_chunks_equal_those_of_all_logits(form, size, monkeypatch):
+    model = CocoLMForPretraining(without_dropout(corrective_lm_form=form))
+    batch = pretraining_batch()
+    output = model(**batch, output_logits=True)
+    is_masked = batch["input_ids"] == MASK
+    labels, sampled = batch["labels"][is_masked], batch["corrupted_input_ids"][is_masked]
+    copy_logits, logits = output.copy_logits[is_masked], output.corrective_lm_logits
+    expected = F.cross_entropy(output.auxiliary_logits, labels)
+    expected = expected + reference.corrective_lm_loss(logits, copy_logits, labels, sampled, form)
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    monkeypatch.setattr(modeling_cocolm, "TOKENS_PER_CPU_CHUNK", size)
+    state = torch.get_rng_state()
+    output = model(**batch)
+    assert output.auxiliary_logits is None and output.corrective_lm_logits is None
+    (output.mlm_loss + output.corrective_lm_loss).backward()
+    torch.testing.assert_close(output.mlm_loss + output.corrective_lm_loss, expected)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_backward_draws_nothing():
+    """Logits are computed again there, but not the tokens drawn from them."""
+    model = CocoLMForPretraining(without_dropout(auxiliary_sampling="train"))
+    torch.manual_seed(0)
+    output = model(**pretraining_batch(corrupted=False))
+    state = torch.get_rng_state()
+    output.loss.backward()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_pretraining_loss_is_the_weighted_sum():

@@ -26,6 +26,7 @@ from hf_paraphrase_lm import (
     chunk_documents,
     train_tokenizer,
 )
+from hf_paraphrase_lm.models.cocolm import modeling_cocolm
 from hf_paraphrase_lm.training import corrective_lm_metrics
 
 from .scripts import ROOM, import_example, read_json, write_rows
@@ -97,9 +98,9 @@ def assert_close_weights(weights, expected):
             torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def most_likely(self, auxiliary_logits, *arguments):
-    """In place of `_sample`: replacements that do not depend on random numbers."""
-    return auxiliary_logits.argmax(-1)
+def most_likely(logits):
+    """In place of `_draw`: replacements that do not depend on random numbers."""
+    return logits.argmax(-1)
 
 
 def test_learns_and_writes_everything(run, tmp_path):
@@ -163,7 +164,7 @@ def test_each_epoch_has_all_texts_with_new_masks_in_a_new_order(run, script, mon
 
 def test_is_the_trainer(run, tmp_path, tokenizer, checkpoint, monkeypatch):
     """Three epochs of one update each end with CorrectiveLMTrainer's losses and weights, however the update is cut."""
-    monkeypatch.setattr(CocoLMForPretraining, "_sample", most_likely)
+    monkeypatch.setattr(modeling_cocolm, "_draw", most_likely)
     # Only the second update is clipped, so that the scale of the gradients shows.
     settings = {"learning_rate": 1e-3, "weight_decay": 0.5, "warmup_steps": 0.4, "max_grad_norm": 75, "max_steps": 3}
     settings |= {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 3, "logging_steps": 1}
@@ -324,13 +325,13 @@ import os
 import signal
 import sys
 
-from hf_paraphrase_lm import CocoLMForPretraining
+from hf_paraphrase_lm.models.cocolm import modeling_cocolm
 from tests.test_run_cocolm_pretraining_no_trainer import most_likely
 
 folder, examples, port, *command = sys.argv[1:]
 sys.path.insert(0, examples)
 sys.argv = ["script.py", *command]
-CocoLMForPretraining._sample = most_likely
+modeling_cocolm._draw = most_likely
 
 
 def run(rank, stops):
@@ -364,7 +365,7 @@ for stops in (True, False):
 
 def test_ranks_are_one(run, run_python, script, monkeypatch, repository, tmp_path, tokenizer, checkpoint):
     """Two processes, with Ctrl-C for one of them, make the updates of one; the folder is theirs from then on."""
-    monkeypatch.setattr(CocoLMForPretraining, "_sample", most_likely)
+    monkeypatch.setattr(modeling_cocolm, "_draw", most_likely)
     exact = tmp_path / "exact"
     config = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     CocoLMForPretraining.from_pretrained(checkpoint, **config).save_pretrained(exact)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -37,6 +38,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cocolm import CocoLMConfig
+
+# Tokens whose logits are held at a time (our choice, the fastest measured): on a CPU as many as fit into its cache.
+TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 
 logger = logging.get_logger(__name__)
 
@@ -113,8 +117,37 @@ def copy_loss(
     return loss / num_tokens
 
 
+def token_losses(
+    lm_head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, draws: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""-log softmax(lm_head(h_i))[x_i] of every token, chunk by chunk: the logits of all never exist at once.
+
+    They are computed once more in the backward pass. As they are not written to memory, this is no slower.
+
+    Args:
+        lm_head: Maps `(n, hidden_size)` to `(n, vocab_size)`.
+        hidden_states: `(n, hidden_size)`, any float.
+        labels: `(n,)`, int64, the tokens x_i.
+        draws: Whether to draw a token of each distribution.
+
+    Returns:
+        The losses, `(n,)`, float32, in nats, and the tokens drawn, `(n,)`, int64, or `None`.
+    """
+
+    def chunk_losses(hidden_states, labels):
+        logits = lm_head(hidden_states)
+        losses = F.cross_entropy(logits.float(), labels, reduction="none")
+        return losses, _draw(logits.detach()) if draws else None
+
+    size = TOKENS_PER_CPU_CHUNK if hidden_states.device.type == "cpu" else TOKENS_PER_CHUNK
+    chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
+    found = [checkpoint(chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=draws) for chunk in chunks]
+    losses, drawn = zip(*found, strict=True)
+    return torch.cat(losses), torch.cat(drawn) if draws else None
+
+
 def corrective_lm_loss(
-    logits: torch.Tensor,
+    negative_log_likelihood: torch.Tensor,
     copy_logits: torch.Tensor,
     labels: torch.Tensor,
     sampled: torch.Tensor,
@@ -123,13 +156,13 @@ def corrective_lm_loss(
 ) -> torch.Tensor:
     r"""Loss of restoring the original token x_i at the masked positions.
 
-    With p_copy_i = sigmoid(copy_logits_i), p_i = softmax(logits_i) and sg for no gradient:
+    With p_copy_i = sigmoid(copy_logits_i), p_i the distribution of the language model head and sg for no gradient:
 
         "released" (authors' code):   mean_i( sg[1 - p_copy_i] * -log p_i[x_i] )
         "paper":   -mean_i( log( 1[x_i = sampled_i] * sg[p_copy_i] + sg[1 - p_copy_i] * p_i[x_i] ) )
 
     Args:
-        logits: `(masked, vocab_size)`, any float.
+        negative_log_likelihood: `(masked,)`, float32, -log p_i[x_i]; see [`token_losses`].
         copy_logits: `(masked,)`, any float; no gradient flows into them.
         labels: `(masked,)`, int64, the original tokens.
         sampled: `(masked,)`, int64, the tokens that the main network read; only `"paper"` uses them.
@@ -142,7 +175,6 @@ def corrective_lm_loss(
     if num_masked is None:
         num_masked = max(labels.shape[0], 1)
     copy_logits = copy_logits.detach().float()
-    negative_log_likelihood = F.cross_entropy(logits.float(), labels, reduction="none")
     if form == "released":
         losses = torch.sigmoid(-copy_logits) * negative_log_likelihood
     else:
@@ -1017,24 +1049,37 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         num_masked, num_tokens, num_anchors = (None,) * 3 if loss_normalizers is None else loss_normalizers
         objective = self.config.discriminator_objective
 
+        num_masked = max(len(masked_labels), 1) if num_masked is None else num_masked
+
         auxiliary_logits = copy_logits = corrective_lm_logits = None
         if objective == "masked_lm":
             corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
         else:
-            auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
-            mlm_loss = cross_entropy(auxiliary_logits, masked_labels, num_masked)
-            if corrupted_input_ids is None:
-                sampled = self._sample(auxiliary_logits, input_ids, attention_mask, is_masked)
-                corrupted_input_ids = input_ids.masked_scatter(is_masked, sampled)
+            masked_states = self._auxiliary_states(input_ids, attention_mask, is_masked)
+            draws = corrupted_input_ids is None
+            in_eval_mode = self.config.auxiliary_sampling == "eval" and self.auxiliary.training
+            losses, drawn = token_losses(
+                self.auxiliary_lm_head, masked_states, masked_labels, draws=draws and not in_eval_mode
+            )
+            mlm_loss = losses.sum() / num_masked
+            if draws and in_eval_mode:
+                drawn = self._draw_in_eval_mode(input_ids, attention_mask, is_masked, masked_labels)
+            if draws:
+                corrupted_input_ids = input_ids.masked_scatter(is_masked, drawn)
+            if output_logits:
+                auxiliary_logits = self.auxiliary_lm_head(masked_states)
 
         main_output = self.cocolm(
             input_ids=corrupted_input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
         )
         hidden_states = main_output.last_hidden_state
         if objective != "replaced_token_detection":
-            corrective_lm_logits = self.corrective_lm_head(self.corrective_lm_projection(hidden_states[is_masked]))
+            masked_states = self.corrective_lm_projection(hidden_states[is_masked])
+            losses, _ = token_losses(self.corrective_lm_head, masked_states, masked_labels)
+            if output_logits:
+                corrective_lm_logits = self.corrective_lm_head(masked_states)
         if objective == "masked_lm":
-            mlm_loss = cross_entropy(corrective_lm_logits, masked_labels, num_masked)
+            mlm_loss = losses.sum() / num_masked
         detection_loss = correction_loss = sequence_loss = mlm_loss.new_zeros(())
         if objective != "masked_lm":
             copy_logits = self.copy_head(hidden_states).squeeze(-1)
@@ -1042,7 +1087,7 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             detection_loss = copy_loss(copy_logits[is_token], is_original[is_token], num_tokens)
         if objective == "corrective_lm":
             correction_loss = corrective_lm_loss(
-                corrective_lm_logits,
+                losses,
                 copy_logits[is_masked],
                 masked_labels,
                 corrupted_input_ids[is_masked],
@@ -1075,8 +1120,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             contrastive_loss=sequence_loss,
             copy_logits=copy_logits,
             corrupted_input_ids=corrupted_input_ids,
-            auxiliary_logits=auxiliary_logits if output_logits else None,
-            corrective_lm_logits=corrective_lm_logits if output_logits else None,
+            auxiliary_logits=auxiliary_logits,
+            corrective_lm_logits=corrective_lm_logits,
             contrastive_embeddings=embeddings if output_logits else None,
             span_embeddings=span_embeddings if output_logits else None,
             hidden_states=main_output.hidden_states,
@@ -1123,22 +1168,20 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
     def _is_masked(input_ids, attention_mask, labels) -> torch.Tensor:
         return attention_mask.bool() & (labels != -100) & (labels != input_ids)
 
-    def _auxiliary_logits(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
-        """The auxiliary network's logits at the masked positions, `(masked, vocab_size)`."""
+    def _auxiliary_states(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
+        """The auxiliary network's last states at the masked positions, `(masked, hidden_size)`."""
         output = self.auxiliary(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
-        hidden_states = output.last_hidden_state
-        return self.auxiliary_lm_head(hidden_states[is_masked])
+        return output.last_hidden_state[is_masked]
 
     @torch.no_grad()
-    def _sample(self, auxiliary_logits, input_ids, attention_mask, is_masked) -> torch.Tensor:
-        """One token for each masked position from the auxiliary network's distribution, `(masked,)`, int64."""
-        if self.config.auxiliary_sampling == "eval" and self.auxiliary.training:
-            modes = {module: module.training for module in self.auxiliary.modules()}
-            self.auxiliary.eval()
-            auxiliary_logits = self._auxiliary_logits(input_ids, attention_mask, is_masked)
-            for module, mode in modes.items():
-                module.training = mode
-        return _draw(auxiliary_logits)
+    def _draw_in_eval_mode(self, input_ids, attention_mask, is_masked, labels) -> torch.Tensor:
+        """One token for each masked position from what the auxiliary network says without dropout, `(masked,)`."""
+        modes = {module: module.training for module in self.auxiliary.modules()}
+        self.auxiliary.eval()
+        states = self._auxiliary_states(input_ids, attention_mask, is_masked)
+        for module, mode in modes.items():
+            module.training = mode
+        return token_losses(self.auxiliary_lm_head, states, labels, draws=True)[1]
 
     def _gathers(self) -> bool:
         """Whether texts are contrasted over all ranks: only in training, where every rank takes every step."""
