@@ -34,6 +34,7 @@ from transformers import AutoModel
 
 from hf_paraphrase_lm import DocumentIndex, chunk_documents
 from hf_paraphrase_lm.retrieval import embed_documents
+from hf_paraphrase_lm.retrieval.index_files import check_target
 from runs import BUILDERS, ModelArguments, load_file, parse_arguments
 
 # Indices that hold the vectors as the model gives them.
@@ -104,6 +105,8 @@ def measure_recall(index: DocumentIndex, model: nn.Module, pad_token_id: int, ar
 
 def main():
     checkpoint, args = parse_arguments(__doc__.splitlines()[0], ModelArguments, IndexArguments)
+    # Before the long part.
+    check_target(Path(args.output_dir))
     tokenizer, model = checkpoint.load_tokenizer(), load_embedder(checkpoint, args.device)
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
     documents = load_documents(args)
@@ -116,7 +119,7 @@ def main():
     )
     pad = tokenizer.pad_token_id
     if args.search_parameters:
-        # A wrong one is to fail before the long part.
+        # A wrong one is to fail at once, too.
         dim = embed_documents(chunks, model, pad, rows=np.array([0]), progress=False).shape[1]
         empty = faiss.index_factory(dim, args.factory, faiss.METRIC_INNER_PRODUCT)
         faiss.ParameterSpace().set_index_parameters(empty, args.search_parameters)

@@ -64,7 +64,9 @@ class EvidenceArguments:
     max_tokens: int | None = field(
         default=None, metadata={"help": "tokens of a group, targets and evidence together; by default any number"}
     )
-    pairs_per_target: int = field(default=8, metadata={"help": "most relevant pairs that are kept, for each target"})
+    pairs_per_target: float = field(
+        default=8, metadata={"help": "most relevant pairs that are kept, for each target; below 1 only the best"}
+    )
     cross_language_weight: float = field(default=100.0, metadata={"help": "of a pair in two languages; others have 1"})
     center_languages: bool = field(
         default=False, metadata={"help": "compare documents less the mean of their language: finds more translations"}
@@ -89,7 +91,9 @@ class EvidenceArguments:
     def __post_init__(self):
         if self.num_targets is None:
             self.num_targets = 1 if self.strategy == "neighbors" else 8
-        sizes = ("num_targets", "num_evidence", "pairs_per_target", "refresh_steps", "refresh_batch_size")
+        if self.pairs_per_target <= 0:
+            raise ValueError(f"--pairs_per_target must be positive, but got {self.pairs_per_target}.")
+        sizes = ("num_targets", "num_evidence", "refresh_steps", "refresh_batch_size")
         for name in (*sizes, "eval_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, but got {getattr(self, name)}.")

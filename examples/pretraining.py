@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_paraphrase_lm import __version__, train_tokenizer
-from runs import DataArguments, ModelArguments, override
+from runs import DataArguments, ModelArguments, full_disk_explained, override
 
 
 def load_tokenizer(config_class, network, corpus, texts, folder: Path, is_to_train: bool):
@@ -152,13 +152,14 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int):
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, model: torch.nn.Module):
     """Writes `step_<step>`, with the log so far. It gets this name when it is whole, and then all but two go."""
     unfinished = folder / "unfinished"
     if accelerator.is_main_process:
         shutil.rmtree(unfinished, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(unfinished)
+    with full_disk_explained(folder, model):
+        accelerator.save_state(unfinished)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         shutil.copy(folder / "log.jsonl", unfinished)

@@ -157,7 +157,7 @@ def main():
                     with (folder / "log.jsonl").open("a") as log:
                         print(json.dumps({"step": step} | means), file=log)
             if saves:
-                save_checkpoint(accelerator, folder, step)
+                save_checkpoint(accelerator, folder, step, model)
             if stops:
                 break
     metrics = {"train_runtime": time.time() - begin, "train_resumed": checkpoint is not None}

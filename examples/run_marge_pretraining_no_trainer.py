@@ -249,7 +249,7 @@ def main():
                     with (folder / "log.jsonl").open("a") as file:
                         print(json.dumps(log), file=file)
             if saves:
-                save_checkpoint(accelerator, folder, step)
+                save_checkpoint(accelerator, folder, step, model)
             if stops:
                 break
     metrics = {"train_runtime": time.time() - begin, "train_resumed": checkpoint is not None}

@@ -16,7 +16,9 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -381,6 +383,26 @@ def load_finished(trainer: Trainer, checkpoint: str) -> bool:
     return False
 
 
+@contextmanager
+def full_disk_explained(folder: Path, model: torch.nn.Module):
+    """Names a full disk as the likely cause of an error in here; torch says only that a position is unexpected.
+
+    Raises:
+        OSError: any other error, if less room is left in `folder` than a checkpoint takes, three times the weights.
+    """
+    try:
+        yield
+    except Exception as error:
+        room, needed = shutil.disk_usage(folder).free, 3 * sum(weight.nbytes for weight in model.parameters())
+        if room >= needed:
+            raise
+        raise OSError(
+            f"The run failed, probably because its disk is full: {folder} has room for {room / 1e6:.0f} MB, but a "
+            f"checkpoint takes about {needed / 1e6:.0f} MB. The checkpoints from before are whole: make room, and the "
+            "same command goes on from the last one."
+        ) from error
+
+
 def train(trainer: Trainer) -> dict[str, float]:
     """Trains, goes on from the last whole checkpoint if there is one, and saves model, tokenizer, metrics and state.
 
@@ -405,7 +427,8 @@ def train(trainer: Trainer) -> dict[str, float]:
             # Those of an earlier run would pass for this one's.
             results.unlink(missing_ok=True)
             state.unlink(missing_ok=True)
-        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        with full_disk_explained(folder, trainer.model):
+            metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         if stop.interrupted:
             sys.exit(f"Interrupted at update {trainer.state.global_step}. The same command goes on from there.")
     if trainer.is_world_process_zero():

@@ -124,6 +124,9 @@ def test_wrong_arguments_are_refused(run, folder, tmp_path, monkeypatch, index_f
     with pytest.raises(RuntimeError, match="nprob"):
         run("build_index", *out, *files(folder), "--search_parameters", "nprob=3")
     assert not (tmp_path / "index").exists()
+    # Before anything is embedded.
+    with pytest.raises(FileExistsError, match="exists and is not a DocumentIndex, so nothing was written"):
+        run("build_index", *files(folder), "--output_dir", folder, "--search_parameters", "nprob=3")
     other = make_checkpoint(tmp_path / "other", TEXTS)
     message = (
         f"{other} is a CocoLMModel, which has no embed(input_ids, attention_mask). Give a model that embeds documents, "

@@ -141,6 +141,15 @@ def test_evidence_of_other_languages_only(embedder):
         assert language[item["target_rows"][0]] not in {language[row] for row in item["evidence_rows"]}
 
 
+def test_fewer_pairs_than_targets(embedder):
+    """Only the best; one at least, however small the shard."""
+    dataset = EvidenceDataset(row_documents(N), num_targets=2, num_evidence=2, pairs_per_target=0.25)
+    statistics = dataset.rebuild(embedder, PAD, progress=False)
+    assert statistics["pairs"] == N // 4 and statistics["resting_targets"] > N // 2
+    dataset = EvidenceDataset(row_documents(N), num_targets=2, num_evidence=2, pairs_per_target=0.001)
+    assert dataset.rebuild(embedder, PAD, progress=False)["pairs"] == 1
+
+
 def test_statistics(embedder):
     shard = [row % 2 for row in range(N)]
     dataset = EvidenceDataset(row_documents(N, shard=shard), num_targets=4, num_evidence=3)
@@ -268,7 +277,7 @@ def test_first_use_without_rebuild():
         ),
         (row_documents(20), {"num_targets": 0}, "num_targets must be at least 1, but got 0."),
         (row_documents(20), {"num_evidence": 0}, "num_evidence must be at least 1, but got 0."),
-        (row_documents(20), {"pairs_per_target": 0}, "pairs_per_target must be at least 1, but got 0."),
+        (row_documents(20), {"pairs_per_target": 0}, "pairs_per_target must be positive, but got 0."),
         (
             row_documents(20, language=["de", None] * 10),
             {"other_languages_only": True},

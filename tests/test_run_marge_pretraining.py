@@ -406,8 +406,9 @@ def test_settings_that_do_not_do(run, monkeypatch, tmp_path, checkpoint, script)
         with pytest.raises(error, match=f"^{re.escape(sentence)}$"):
             run(**arguments)
 
-    for name in ("num_evidence", "refresh_steps", "pairs_per_target", "refresh_batch_size", "eval_groups"):
+    for name in ("num_evidence", "refresh_steps", "refresh_batch_size", "eval_groups"):
         refused(f"--{name} must be at least 1, but got 0.", **{name: 0})
+    refused("--pairs_per_target must be positive, but got 0.0.", pairs_per_target=0)
     refused("--num_targets must be 1 with --strategy neighbors, but got 2.", strategy="neighbors")
     refused("--retrieval_learning_rate_factor must not be negative, but got -1.0.", retrieval_learning_rate_factor=-1)
     refused(

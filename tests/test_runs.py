@@ -328,3 +328,20 @@ def test_a_released_folder(runs, checkpoint, tmp_path):
     assert arguments.load_tokenizer()("A text.")["input_ids"] == tokenizer("A text.")["input_ids"]
     elsewhere = runs.ModelArguments(str(tmp_path), tokenizer_name=str(checkpoint), model_revision="v1")
     assert len(elsewhere.load_tokenizer()) == len(AutoTokenizer.from_pretrained(checkpoint))
+
+
+# A full disk
+
+
+@pytest.mark.parametrize("room", [12_000_000, 11_999_999])
+def test_a_full_disk_is_named(runs, tmp_path, monkeypatch, room):
+    """Whatever error a library makes of it; others are passed on."""
+    model, usage = torch.nn.Linear(1000, 1000, bias=False), shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=room))
+    with pytest.raises((RuntimeError, OSError)) as caught, runs.full_disk_explained(tmp_path, model):
+        raise RuntimeError("unexpected pos 576 vs 534")
+    message = (
+        f"The run failed, probably because its disk is full: {tmp_path} has room for 12 MB, but a checkpoint takes "
+        "about 12 MB. The checkpoints from before are whole: make room, and the same command goes on from the last one."
+    )
+    assert str(caught.value) == ("unexpected pos 576 vs 534" if room == 12_000_000 else message)

@@ -47,8 +47,8 @@ class EvidenceDataset(torch.utils.data.Dataset):
         num_evidence: evidence documents of a group, at the most; 8 is our choice.
         strategy: "pairs": the paper's groups, see `relevant_pairs` and `grow_groups`. "neighbors": every target by
             itself with its own most relevant documents of its shard; needs `num_targets=1`.
-        pairs_per_target: "pairs" keeps the best `pairs_per_target * (targets of the shard)` pairs of a shard. The paper
-            does not print its number; 8 is our choice.
+        pairs_per_target: "pairs" keeps the best `pairs_per_target * (targets of the shard)` pairs of a shard, one at
+            least; below 1, most targets rest. The paper does not print its number; 8 is our choice.
         cross_language_weight: weight of an edge between documents of two known languages, others weigh 1 (paper: 100).
         seed: of the order in which groups are grown, together with the number of the rebuild and the shard.
         evidence: dataset of the same columns from which alone evidence comes: a target's from the shard with the same
@@ -73,7 +73,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
         num_targets: int = 8,
         num_evidence: int = 8,
         strategy: str = "pairs",
-        pairs_per_target: int = 8,
+        pairs_per_target: float = 8,
         cross_language_weight: float = 100.0,
         seed: int = 0,
         evidence: Dataset | None = None,
@@ -82,15 +82,13 @@ class EvidenceDataset(torch.utils.data.Dataset):
         center_languages: bool = False,
         other_languages_only: bool = False,
     ):
-        for name, value in (
-            ("num_targets", num_targets),
-            ("num_evidence", num_evidence),
-            ("pairs_per_target", pairs_per_target),
-        ):
+        for name, value in (("num_targets", num_targets), ("num_evidence", num_evidence)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value}.")
-        if cross_language_weight <= 0:
-            raise ValueError(f"cross_language_weight must be positive, but got {cross_language_weight}.")
+        positive = {"pairs_per_target": pairs_per_target, "cross_language_weight": cross_language_weight}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{name} must be positive, but got {value}.")
         if strategy not in ("pairs", "neighbors"):
             raise ValueError(f"strategy must be 'pairs' or 'neighbors', but got {strategy!r}.")
         if strategy == "neighbors" and num_targets != 1:
@@ -463,7 +461,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
             # What a target is never paired with: its own document, or all of its language.
             documents = languages if self.other_languages_only else documents
             if self.strategy == "pairs":
-                num_pairs = self.pairs_per_target * len(target_rows)
+                num_pairs = max(1, int(self.pairs_per_target * len(target_rows)))
                 return *relevant_pairs(targets, evidence, *documents, num_pairs, bar.update), moments
             nearest, relevance = nearest_evidence(targets, evidence, *documents, self.num_evidence, bar.update)
             edges, order = (nearest >= 0).nonzero()
