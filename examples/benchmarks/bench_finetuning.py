@@ -23,13 +23,13 @@ from pathlib import Path
 
 # Script and arguments of each task, and its metric. Of SQuAD 2.0 it is the F1 with the best threshold for no answer, as
 # the official evaluation has it.
-PAIR = "run_classification.py --num_train_epochs 2 --text_column {} --text_pair_column {}"
-QA = "run_qa.py --max_length 128 --doc_stride 32 --num_train_epochs 1"
+PAIR = "run_classification.py --num_train_epochs {} --text_column {} --text_pair_column {}"
+QA = "run_qa.py --max_length 128 --doc_stride 32 --num_train_epochs 1 --max_train_samples 4000"
 TASKS = {
     "sent_polarity": ("run_classification.py --num_train_epochs 2 --text_column text", "accuracy"),
-    "mrpc": (PAIR.format("sentence1", "sentence2"), "accuracy"),
-    "snli_small": (PAIR.format("sentence1", "sentence2"), "accuracy"),
-    "qnli_from_squad": (PAIR.format("question", "sentence") + " --max_length 128", "accuracy"),
+    "mrpc": (PAIR.format(3, "sentence1", "sentence2"), "accuracy"),
+    "snli_small": (PAIR.format(2, "sentence1", "sentence2"), "accuracy"),
+    "qnli_from_squad": (PAIR.format(2, "question", "sentence") + " --max_length 128", "accuracy"),
     "squad": (QA, "f1"),
     "squad2": (QA + " --version_2_with_negative", "best_f1"),
 }
