@@ -11,6 +11,11 @@ retrieval_layers=2,initializer_range=0.05,hidden_dropout_prob=0,attention_probs_
         --do_train --do_eval --max_steps 2000 --output_dir runs/small
     python examples/plot_run.py runs/small
 
+    # translations among documents of many languages, those of one article in one shard (examples/README.md has results)
+    python examples/run_marge_pretraining.py --train_file articles.parquet --shard_column article \
+        --language_column language --other_languages_only --center_languages --pairs_per_target 1 \
+        --contrastive_loss_weight 1 --per_device_train_batch_size 16 --num_targets 2 --num_evidence 2 ...
+
     # continued pre-training, on news by day: evidence is of the same day, and articles begin with what they are about
     python examples/run_marge_pretraining.py --model_name_or_path runs/small --train_file news.parquet \
         --shard_column date --shards_per_refresh 100 --first_chunks_only ...
@@ -25,7 +30,8 @@ retrieval_layers=2,initializer_range=0.05,hidden_dropout_prob=0,attention_probs_
 A batch holds groups of targets that share their evidence. The first groups have rare words in common; every
 --refresh_steps updates the model makes new ones. Does retrieval help? `evidence/utility`, the held-out loss without
 evidence less that with it, should rise above 0. If it does not, or a warning says that retrieval collapses, lower
---retrieval_learning_rate_factor or hold the first groups for longer (--hold_first_groups).
+--retrieval_learning_rate_factor or hold the first groups for longer (--hold_first_groups); or let relevance learn to
+tell a target's evidence from that of the other groups in its batch (--contrastive_loss_weight, not in the paper).
 
 Without --tokenizer_name and --model_name_or_path a tokenizer is trained on the corpus. All arguments may stand in one
 JSON or YAML file instead. --help lists them all; those after --output_dir are transformers.TrainingArguments.
