@@ -170,7 +170,8 @@ def test_a_fine_tuned_folder_keeps_its_head(released, tmp_path, auto_class, mode
     loaded, loading = auto_class.from_pretrained(target, output_loading_info=True)
     assert type(loaded) is model_class and not any(loading.values())
     for name in outputs:
-        torch.testing.assert_close(loaded(IDS)[name], model(IDS)[name], rtol=0, atol=0)
+        # Where weights lie in memory decides the order of a sum.
+        torch.testing.assert_close(loaded(IDS)[name], model(IDS)[name], rtol=0, atol=1e-6)
 
 
 def test_a_head_of_another_kind_is_refused(released, tmp_path):

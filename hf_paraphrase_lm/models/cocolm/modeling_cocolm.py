@@ -134,12 +134,17 @@ def token_losses(
         The losses, `(n,)`, float32, in nats, and the tokens drawn, `(n,)`, int64, or `None`.
     """
 
+    device = hidden_states.device.type
+    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+
     def chunk_losses(hidden_states, labels):
-        logits = lm_head(hidden_states)
+        # Without its cache, each chunk casts the weights for itself, and their gradients add up in float32.
+        with torch.autocast(device, **autocast, cache_enabled=False):
+            logits = lm_head(hidden_states)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         return losses, _draw(logits.detach()) if draws else None
 
-    size = TOKENS_PER_CPU_CHUNK if hidden_states.device.type == "cpu" else TOKENS_PER_CHUNK
+    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
     chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
     found = [checkpoint(chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=draws) for chunk in chunks]
     losses, drawn = zip(*found, strict=True)

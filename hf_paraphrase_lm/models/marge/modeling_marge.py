@@ -674,11 +674,16 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
         `torch.FloatTensor` of shape `()`, float32, nats.
     """
 
+    device = states.device.type
+    autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
+
     def loss(states, labels):
-        return nn.functional.cross_entropy(lm_head(states).float(), labels, reduction="sum")
+        # Without its cache, each chunk casts the weights for itself, and their gradients add up in float32.
+        with torch.autocast(device, **autocast, cache_enabled=False):
+            return nn.functional.cross_entropy(lm_head(states).float(), labels, reduction="sum")
 
     is_label = labels != -100
-    size = TOKENS_PER_CPU_CHUNK if states.device.type == "cpu" else TOKENS_PER_CHUNK
+    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
     chunks = zip(states[is_label].split(size), labels[is_label].split(size), strict=True)
     losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
