@@ -39,7 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cocolm import CocoLMConfig
 
-# Tokens whose logits are held at a time (our choice, the fastest measured): on a CPU as many as fit into its cache.
+# Tokens whose logits are held at a time (our choice): on a CPU as many as fit into its cache.
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 
 logger = logging.get_logger(__name__)
@@ -122,7 +122,7 @@ def token_losses(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""-log softmax(lm_head(h_i))[x_i] of every token, chunk by chunk: the logits of all never exist at once.
 
-    They are computed once more in the backward pass. As they are not written to memory, this is no slower.
+    They are computed once more in the backward pass.
 
     Args:
         lm_head: Maps `(n, hidden_size)` to `(n, vocab_size)`.
