@@ -169,9 +169,11 @@ def test_a_fine_tuned_folder_keeps_its_head(released, tmp_path, auto_class, mode
     target = convert_checkpoint(released, tmp_path / "converted")
     loaded, loading = auto_class.from_pretrained(target, output_loading_info=True)
     assert type(loaded) is model_class and not any(loading.values())
+    # In the file weights lie at any address, and the address decides in which order a kernel adds up.
+    for weight in loaded.parameters():
+        weight.data = weight.data.clone()
     for name in outputs:
-        # Where weights lie in memory decides the order of a sum.
-        torch.testing.assert_close(loaded(IDS)[name], model(IDS)[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(loaded(IDS)[name], model(IDS)[name], rtol=0, atol=0)
 
 
 def test_a_head_of_another_kind_is_refused(released, tmp_path):
