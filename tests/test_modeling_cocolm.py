@@ -629,6 +629,32 @@ def test_no_relative_bias():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_attention_bias_is_made_once_and_without_padding_for_all_rows(attention, monkeypatch):
+    """Every layer reads one tensor; only padding takes one with a row for each text."""
+    model = CocoLMModel(without_dropout(num_hidden_layers=3))
+    model.set_attn_implementation(attention)
+    made, read = [], []
+    attention_bias = model.attention_bias
+    monkeypatch.setattr(model, "attention_bias", lambda *inputs: made.append(attention_bias(*inputs)) or made[-1])
+    kernel = modeling_cocolm.eager_attention_forward if attention == "eager" else F.scaled_dot_product_attention
+    owner = modeling_cocolm if attention == "eager" else F
+    name = {"eager": "position_bias", "sdpa": "attn_mask"}[attention]
+
+    def recording(*inputs, **arguments):
+        read.append(arguments[name])
+        return kernel(*inputs, **arguments)
+
+    monkeypatch.setattr(owner, kernel.__name__, recording)
+    input_ids, attention_mask = texts((12, 12, 12, 12))
+    states = model(input_ids).last_hidden_state
+    assert torch.equal(model(input_ids, attention_mask).last_hidden_state, states)
+    model(*texts((12, 9, 12, 5)))
+    assert [tuple(bias.shape) for bias in made] == [(1, 2, 12, 12), (1, 2, 12, 12), (4, 2, 12, 12)]
+    assert all(bias.is_contiguous() for bias in made)
+    assert [bias.data_ptr() for bias in read] == [bias.data_ptr() for bias in made for _ in range(3)]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attentions_and_hidden_states(attention):
     model = CocoLMForTokenClassification(tiny_config()).eval()
     model.set_attn_implementation(attention)

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_cocolm import CocoLMConfig
@@ -688,7 +689,8 @@ class CocoLMModel(CocoLMPreTrainedModel):
             buckets = buckets[position[None, :] - position[:, None] + length - 1]
             # Contiguous here, or scaled_dot_product_attention would copy it in every layer.
             bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None].to(hidden_states.dtype).contiguous()
-        if attention_mask is not None:
+        # Without padding one bias serves all rows; but a traced graph cannot depend on what a mask contains.
+        if attention_mask is not None and (is_tracing(attention_mask) or not attention_mask.all()):
             bias = hidden_states.new_zeros(1, 1, length, length) if bias is None else bias
             bias = torch.where(attention_mask[:, None, None, :].bool(), bias, PADDING_SCORE)
         if bias is not None and self.config._attn_implementation == "flex_attention":
