@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModel,
@@ -27,7 +28,15 @@ from transformers import (
 
 from hf_paraphrase_lm import CocoLMConfig, CocoLMForPretraining, CocoLMForSequenceClassification, CocoLMModel, hub
 
-from .test_modeling_cocolm import assert_same_weights, pretraining_batch, tiny_config, training_arguments
+from .reference import cocolm as reference
+from .test_modeling_cocolm import (
+    LOSSES,
+    assert_same_weights,
+    gradients,
+    pretraining_batch,
+    tiny_config,
+    training_arguments,
+)
 
 VOCAB_SIZE = tiny_config().vocab_size
 SIZES = {
@@ -96,6 +105,41 @@ def test_the_losses_are_those_of_the_encoders(family):
     total = output.mlm_loss + 3 * output.copy_loss + output.corrective_lm_loss + output.contrastive_loss
     torch.testing.assert_close(output.loss, total)
     assert all(output[name] > 0 for name in ("mlm_loss", "copy_loss", "corrective_lm_loss", "contrastive_loss"))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["cocolm", *FAMILIES])
+def test_crops_as_wide_as_the_texts_take_no_pass_of_their_own(family, attention):
+    if family == "cocolm":
+        model = CocoLMForPretraining(tiny_config())
+    else:
+        model = CocoLMForPretraining.from_encoders(*encoders(family))
+    model.set_attn_implementation(attention)
+    # The pooler of the auxiliary network is frozen, as nothing uses it.
+    model.eval().requires_grad_(True)
+    batch, passes = pretraining_batch(), []
+    model.cocolm.register_forward_hook(lambda *_: passes.append(1))
+    width = batch["input_ids"].shape[1] - batch["span_input_ids"].shape[1]
+    wider = {
+        "span_input_ids": F.pad(batch["span_input_ids"], (0, width), value=model.config.pad_token_id),
+        "span_attention_mask": F.pad(batch["span_attention_mask"], (0, width)),
+    }
+    expected = reference.pretraining_losses(model, batch)
+    for spans, count in ((wider, 1), ({}, 2)):
+        passes.clear()
+        output = model(**batch | spans)
+        assert len(passes) == count
+        for name, value in zip(LOSSES, expected, strict=True):
+            torch.testing.assert_close(output[name], value, rtol=1e-5, atol=1e-5)
+            other = gradients(model, value)
+            for weight, gradient in gradients(model, output[name]).items():
+                torch.testing.assert_close(gradient, other[weight], rtol=1e-4, atol=1e-5, msg=f"{name} {weight}")
+    assert output.hidden_states is output.attentions is None
+    recorded = {"output_hidden_states": True, "output_attentions": attention == "eager"}
+    one, two = model(**batch | wider, **recorded), model(**batch, **recorded)
+    torch.testing.assert_close(one.hidden_states, two.hidden_states)
+    torch.testing.assert_close(one.attentions, two.attentions)
+    assert len(one.hidden_states) == 3 and (attention == "sdpa" or len(one.attentions) == 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,3 +119,23 @@ def contrastive_loss(embeddings, span_embeddings, temperature):
         others = sum(similarity(anchor, other) for other in range(2 * texts) if other != anchor)
         total -= math.log(similarity(anchor, positive) / others)
     return total / (2 * texts)
+
+
+def pretraining_losses(model, batch):
+    """The four losses, a pass for each network and view and all logits at once: `corrupted_input_ids`, no dropout."""
+    is_token = batch["attention_mask"].bool()
+    is_masked = is_token & (batch["input_ids"] != batch["labels"])
+    originals, corrupted = batch["labels"][is_masked], batch["corrupted_input_ids"]
+    states = model.auxiliary(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mlm_loss = F.cross_entropy(model.auxiliary_lm_head(states[is_masked]), originals)
+    states = model.cocolm(corrupted, attention_mask=batch["attention_mask"]).last_hidden_state
+    spans = model.cocolm(batch["span_input_ids"], attention_mask=batch["span_attention_mask"]).last_hidden_state
+    copy_logits = model.copy_head(states).squeeze(-1)
+    is_original = (corrupted == batch["labels"]).float()
+    detection_loss = F.binary_cross_entropy_with_logits(copy_logits[is_token], is_original[is_token])
+    logits = model.corrective_lm_head(model.corrective_lm_projection(states[is_masked]))
+    correction_loss = corrective_lm_loss(logits, copy_logits[is_masked], originals, corrupted[is_masked], "released")
+    views = F.normalize(model.contrastive_head(torch.cat([states[:, 0], spans[:, 0]])), dim=-1)
+    scores = (views @ views.T).masked_fill(torch.eye(len(views)).bool(), -math.inf)
+    sequence_loss = F.cross_entropy(scores, torch.arange(len(views)).roll(len(states)))
+    return mlm_loss, detection_loss, correction_loss, sequence_loss

@@ -998,9 +998,10 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             labels: `(batch, length)`, int64: the whole original text, -100 on padding. Masked positions are those where
                 it differs from `input_ids`. Without it no loss is computed, nothing is sampled, and the main network
                 reads `input_ids` (or `corrupted_input_ids`) as it is, to tell which tokens look replaced.
-            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. Without it
-                the contrastive head gets no gradient, for which `DistributedDataParallel` waits unless
-                `contrastive_loss_weight` is 0.
+            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. Where
+                span_length is length, as the collator's `pad_to_multiple_of` can make it, the main network encodes both
+                in one pass. Without it the contrastive head gets no gradient, for which `DistributedDataParallel` waits
+                unless `contrastive_loss_weight` is 0.
             span_attention_mask: `(batch, span_length)`, like `attention_mask`.
             corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
             output_logits: Whether to return the language model logits and the contrasted embeddings.
@@ -1040,9 +1041,7 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                 kwargs.setdefault(name, True)
         if labels is None:
             corrupted_input_ids = input_ids if corrupted_input_ids is None else corrupted_input_ids
-            main_output = self.cocolm(
-                input_ids=corrupted_input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
-            )
+            main_output = self._encode(corrupted_input_ids, attention_mask, **kwargs)
             is_detector = self.config.discriminator_objective != "masked_lm"
             return CocoLMForPretrainingOutput(
                 copy_logits=self.copy_head(main_output.last_hidden_state).squeeze(-1) if is_detector else None,
@@ -1076,8 +1075,8 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             if output_logits:
                 auxiliary_logits = self.auxiliary_lm_head(masked_states)
 
-        main_output = self.cocolm(
-            input_ids=corrupted_input_ids, attention_mask=attention_mask, return_dict=True, **kwargs
+        main_output, span_states = self._encode_views(
+            corrupted_input_ids, attention_mask, span_input_ids, span_attention_mask, **kwargs
         )
         hidden_states = main_output.last_hidden_state
         if objective != "replaced_token_detection":
@@ -1104,10 +1103,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         loss = mlm_loss + self.config.copy_loss_weight * detection_loss + correction_loss
 
         embeddings = span_embeddings = None
-        if span_input_ids is not None:
-            span_output = self.cocolm(input_ids=span_input_ids, attention_mask=span_attention_mask, return_dict=True)
+        if span_states is not None:
             embeddings = self.contrastive_head(hidden_states[:, 0])
-            span_embeddings = self.contrastive_head(span_output.last_hidden_state[:, 0])
+            span_embeddings = self.contrastive_head(span_states[:, 0])
             sequence_loss = contrastive_loss(
                 embeddings,
                 span_embeddings,
@@ -1174,6 +1172,24 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
     @staticmethod
     def _is_masked(input_ids, attention_mask, labels) -> torch.Tensor:
         return attention_mask.bool() & (labels != -100) & (labels != input_ids)
+
+    def _encode(self, input_ids, attention_mask, **kwargs) -> ModelOutput:
+        return self.cocolm(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+
+    def _encode_views(self, input_ids, attention_mask, span_input_ids, span_attention_mask, **kwargs):
+        """The main network's output for the texts, and its last states for the crops or `None` without crops."""
+        # Padding shorter crops to the width of the texts would cost more than a second pass.
+        if span_input_ids is None or span_input_ids.shape != input_ids.shape:
+            output = self._encode(input_ids, attention_mask, **kwargs)
+            if span_input_ids is None:
+                return output, None
+            return output, self._encode(span_input_ids, span_attention_mask).last_hidden_state
+        both = torch.cat([input_ids, span_input_ids]), torch.cat([attention_mask, span_attention_mask])
+        output = self._encode(*both, **kwargs)
+        text_states, span_states = output.last_hidden_state.chunk(2)
+        recorded = output.hidden_states, output.attentions
+        of_texts = (layers and tuple(states.chunk(2)[0] for states in layers) for layers in recorded)
+        return BaseModelOutput(text_states, *of_texts), span_states
 
     def _auxiliary_states(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
         """The auxiliary network's last states at the masked positions, `(masked, hidden_size)`."""
