@@ -710,6 +710,32 @@ def test_activation_checkpointing(reentrant):
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-5, atol=1e-5)
 
 
+def saved_bytes(model, *inputs):
+    """Bytes that a forward pass keeps for the backward pass, weights aside; a storage counts once."""
+    weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(*inputs)
+    assert output.last_hidden_state.requires_grad
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_activation_checkpointing_halves_the_memory_of_activations(attention):
+    model = CocoLMModel(tiny_config(num_hidden_layers=6, hidden_size=32, intermediate_size=128))
+    model.set_attn_implementation(attention)
+    inputs = texts((24,) * 8)
+    stored = saved_bytes(model, *inputs)
+    checkpoint_activations(model, use_reentrant=False)
+    assert saved_bytes(model, *inputs) < stored / 2
+
+
 def test_shared_weights_survive_saving(tmp_path):
     model = CocoLMForPretraining(tiny_config())
     model.save_pretrained(tmp_path)
