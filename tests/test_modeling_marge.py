@@ -1,5 +1,6 @@
 """MARGE: equations against naive loops, gradient reach, padding, groups, generation, files."""
 
+import itertools
 import re
 
 import pytest
@@ -70,6 +71,18 @@ def make_tokenizer():
 def pad(rows, value, length=None):
     length = length or max(map(len, rows))
     return torch.tensor([list(row) + [value] * (length - len(row)) for row in rows])
+
+
+def count_calls(layers):
+    """A list that holds how often each of the layers has been called."""
+    calls = [0] * len(layers)
+
+    def count(number):
+        calls[number] += 1
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, number=number: count(number))
+    return calls
 
 
 def random_ids(lengths, seed=0):
@@ -308,6 +321,41 @@ def test_groups_of_different_sizes_are_as_if_alone():
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_targets_share_the_pass_of_evidence(batch, attention):
+    """The result is that of separate passes, with hidden evidence, padding, and targets shorter or longer than it."""
+    targets = [batch["labels"], batch["labels"][:, :3], pad(random_ids([6, 3, 12, 5], seed=1), -100)]
+    targets.append(F.pad(batch["labels"], (1, 0), value=9))  # behind a language token
+    visible = torch.tensor([[True, False, True], [True, True, True], [False, False, False], [False, True, True]])
+    losses = {"distillation_loss_weight": 0.5, "contrastive_loss_weight": 0.5}
+    for labels, targets_per_group in itertools.product(targets, (1, 2)):
+        input_ids = batch["input_ids"].repeat_interleave(2 // targets_per_group, 0)
+        inputs = {"input_ids": input_ids, "attention_mask": (input_ids != 1).long(), "labels": labels}
+        inputs["evidence_mask"] = visible
+        model = make_model(**losses, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+        model.set_attn_implementation(attention)
+        calls = count_calls(model.model.encoder.layers)
+        together = model(**inputs)
+        assert calls == [1, 1, 1]
+        separate = reference.separate_passes(model, **inputs)
+        assert calls == [1 + 2, 1 + 2, 1 + 1]
+        for name in ("loss", "relevance_scores", "distillation_loss", "contrastive_loss"):
+            torch.testing.assert_close(together[name], separate[name], rtol=0, atol=1e-5)
+        expected = torch.autograd.grad(separate.loss, [*model.parameters()])
+        for first, second in zip(torch.autograd.grad(together.loss, [*model.parameters()]), expected, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_pass_is_without_dropout(batch):
+    model = make_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5).train()
+    expected = reference.separate_passes(model, **batch).relevance_scores
+    torch.testing.assert_close(model(**batch).relevance_scores, expected, rtol=0, atol=1e-5)
+    # States that are asked for are those of evidence alone, so the passes are separate.
+    for name in ("hidden_states", "attentions"):
+        outputs = model(**batch, **{f"output_{name}": True})
+        torch.testing.assert_close(outputs.relevance_scores, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_smallest_batches(attention):
     model = make_model()
     model.set_attn_implementation(attention)
@@ -358,13 +406,12 @@ def test_padding_changes_nothing(batch):
 def test_loss_reaches_both_embeddings_through_relevance_only(batch):
     model = make_model()
     kept = []
-    embed = model.model.embed
-    model.model.embed = lambda *args: kept.append(embed(*args)) or kept[-1]
+    hook = model.model.encoder.register_forward_hook(lambda module, inputs, outputs: kept.append(outputs))
     outputs = model(**batch)
-    gx, gz = kept[0], outputs.document_embeddings
+    gx, gz = kept[0].target_embeddings, outputs.document_embeddings
     grads = torch.autograd.grad(outputs.loss, (gx, gz))
     assert all(g.norm() > 1e-4 for g in grads)
-    del model.model.embed
+    hook.remove()
     # beta = 0 cuts this way, and then the gradient is that of constant scores: there is no other way.
     for name, parameter in model.named_parameters():
         if name.endswith("relevance_weight"):

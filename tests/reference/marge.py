@@ -84,6 +84,12 @@ def reconstruct(model, evidence, target):
     return log_probs, -sum(log_probs[i, t] for i, t in enumerate(target)), torch.stack(relevance)
 
 
+def separate_passes(model, input_ids, attention_mask, labels, **inputs):
+    """The whole model, but evidence `(groups, num_evidence, length)` and targets through the encoder one by one."""
+    encoded = model.get_encoder()(input_ids, attention_mask)
+    return model(input_ids, attention_mask=attention_mask, labels=labels, encoder_outputs=encoded, **inputs)
+
+
 def classify(model, ids):
     """(length,) ids, in the encoder and, not shifted, in the decoder -> (num_labels,) scores of its last state."""
     document, _ = encode(model.model.encoder, ids)

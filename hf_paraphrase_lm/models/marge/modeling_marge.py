@@ -65,12 +65,15 @@ class MargeEncoderOutput(ModelOutput):
             Embeddings and the output of each layer, the last one before the final LayerNorm.
         attentions (`tuple[torch.FloatTensor]` of shape `(groups * num_evidence, heads, length, length)`, *optional*):
             Attention weights of each layer.
+        target_embeddings (`torch.FloatTensor` of shape `(targets, hidden_size)`, float32, *optional*):
+            L2-normalised embedding g(x) of each target that shared the pass through the first layers.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     document_embeddings: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    target_embeddings: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -184,22 +187,24 @@ class MargeAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        hidden_states: torch.Tensor,  # (batch, length, hidden), or with `shapes` (tokens, hidden)
+        attention_mask: torch.Tensor | tuple[torch.Tensor | None, ...] | None,  # with `shapes` one of each
         past_key_values: Cache | None = None,
         dropout: bool = True,
+        shapes: tuple[tuple[int, int], ...] | None = None,  # (batch, length) of batches whose tokens are flattened
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query = self.split_heads(self.q_proj(hidden_states))  # (batch, heads, length, head_dim)
-        key = self.split_heads(self.k_proj(hidden_states))
-        value = self.split_heads(self.v_proj(hidden_states))
+        states = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        kwargs |= {"scaling": self.scaling, "dropout": self.dropout if dropout and self.training else 0.0}
+        if shapes is not None:
+            batches = zip(*(split_batches(tensor, shapes) for tensor in states), attention_mask, strict=True)
+            outputs = [self.attend(*map(self.split_heads, batch), mask, **kwargs)[0] for *batch, mask in batches]
+            return self.out_proj(torch.cat([output.flatten(0, 1) for output in outputs]).flatten(1)), None
+
+        query, key, value = map(self.split_heads, states)  # (batch, heads, length, head_dim)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
-
-        dropout = self.dropout if dropout and self.training else 0.0
-        output, weights = self.attend(
-            query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
-        )
+        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.flatten(2)), weights
 
     def attend(self, *args, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -484,9 +489,15 @@ class MargeEncoder(MargeStack):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        target_input_ids: torch.LongTensor | None = None,
+        target_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MargeEncoderOutput:
-        """Encodes `(batch, length)` or `(groups, num_evidence, length)` ids (or embeddings, one dimension more)."""
+        """Encodes `(batch, length)` or `(groups, num_evidence, length)` ids (or embeddings, one dimension more).
+
+        With several evidence documents, `(targets, target_length)` ids of targets share the pass through the first
+        `retrieval_layers`, unless hidden states or attentions are asked for; see `target_embeddings` of the output.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds, but got both or neither.")
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
@@ -510,14 +521,30 @@ class MargeEncoder(MargeStack):
         p = self.config.hidden_dropout_prob
         hidden_states = nn.functional.dropout(hidden_states, p=p, training=dropout and self.training)
         mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        target_embeddings = shapes = None
+        is_recorded = any(
+            kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}")) for name in self._can_record_outputs
+        )
+        if target_input_ids is not None and not dropout and not is_recorded:
+            # Only attention must know which document a token is of. Targets of another length so cost no padding, and
+            # whatever the lengths, each layer is called once, as sharded layers have to be by all processes alike.
+            target_states = self.add_positions(self.embed_ids(target_input_ids))
+            mask = mask, create_bidirectional_mask(self.config, target_states, target_attention_mask)
+            shapes = hidden_states.shape[:2], target_states.shape[:2]
+            hidden_states = torch.cat([hidden_states.flatten(0, 1), target_states.flatten(0, 1)])
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states = layer(hidden_states, mask, dropout=dropout, **kwargs)
+            hidden_states = layer(hidden_states, mask, dropout=dropout, shapes=shapes, **kwargs)
             if number == self.config.retrieval_layers:
+                if shapes is not None:
+                    hidden_states, target_states = split_batches(hidden_states, shapes)
+                    target_embeddings = first_token_embedding(target_states)
+                    mask, shapes = mask[0], None
                 document_embeddings = first_token_embedding(hidden_states).view(groups, num_evidence, -1)
                 dropout = True
         return MargeEncoderOutput(
             last_hidden_state=self.final_layer_norm(hidden_states).view(groups, num_evidence * length, -1),
             document_embeddings=document_embeddings,
+            target_embeddings=target_embeddings,
         )
 
 
@@ -594,6 +621,12 @@ class MargeDecoder(MargeStack):
 def mask_of(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.LongTensor:
     """1 for real tokens, 0 for padding: the attention mask where none was given."""
     return torch.ones_like(input_ids) if pad_token_id is None else (input_ids != pad_token_id).long()
+
+
+def split_batches(states: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:
+    """(tokens, hidden) states -> those of each batch, (n, length, hidden)."""
+    parts = states.split([n * length for n, length in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def first_token_embedding(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -782,8 +815,13 @@ class MargeModel(MargePreTrainedModel):
                 "Expected exactly one of decoder_input_ids and decoder_inputs_embeds, but got both or neither. "
                 "Pass labels to have decoder_input_ids made from them."
             )
+        document = None
+        if target_input_ids is not None and relevance_scores is None:
+            if target_attention_mask is None:
+                target_attention_mask = mask_of(target_input_ids, self.config.pad_token_id)
+            document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, *(document or ()), **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = MargeEncoderOutput(*encoder_outputs)
         evidence_states, document_embeddings = encoder_outputs[0], encoder_outputs.get("document_embeddings")
@@ -819,11 +857,9 @@ class MargeModel(MargePreTrainedModel):
         contrasts = self.config.contrastive_loss_weight > 0 and self.training and input_ids is not None
         if relevance_scores is None:
             is_needed = num_evidence > 1 or contrasts
-            if target_input_ids is not None and document_embeddings is not None and is_needed:
-                if target_attention_mask is None:
-                    target_attention_mask = mask_of(target_input_ids, self.config.pad_token_id)
-                document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
-                embeddings = self.embed(*document)
+            if document is not None and document_embeddings is not None and is_needed:
+                embeddings = encoder_outputs.get("target_embeddings")
+                embeddings = self.embed(*document) if embeddings is None else embeddings
                 # In bf16 the cosines of similar documents, all close to 1, would be one and the same.
                 with maybe_autocast(embeddings.device.type, enabled=False):
                     by_group = embeddings.unflatten(0, (groups, -1))
