@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -184,6 +186,35 @@ def test_flash_kernels_need_no_mask(only_flash_kernel, hidden_size, num_evidence
     assert_same_gradients(results["eager"][2], results[only_flash_kernel][2])
 
 
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns, `size`."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {}))
+        tensors = [x for x in pytree.tree_leaves(outputs) if isinstance(x, torch.Tensor)]
+        self.size = max([self.size, *(tensor.numel() for tensor in tensors)])
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_nothing_of_the_size_of_the_scores(attention, dtype):
+    """Neither scores nor mask nor bias of cross-attention, queries times keys, is ever a tensor."""
+    model = make_model().to(dtype)
+    model.set_attn_implementation(attention)
+    module = model.model.decoder.layers[1].cross_attn
+    states, evidence = torch.randn(4, 64, 16, dtype=dtype), torch.randn(1, 3 * 64, 16, dtype=dtype)
+    documents = torch.arange(3).repeat_interleave(64)[None]
+    documents[:, -5:] = 3  # padding
+    visible = torch.tensor([[True, False, True]] * 4)
+    with LargestTensor() as largest:
+        output, *_ = module(states, evidence, torch.rand(4, 3, requires_grad=True), documents, visible)
+        output.sum().backward()
+    assert (largest.size < 4 * 64 * 3 * 64) == (attention == "sdpa")
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bfloat16_stays_close(batch, attention):
     results = []
@@ -217,13 +248,18 @@ def test_bfloat16_keeps_small_differences_of_relevance(attention):
         if name in ("v_proj.weight", "out_proj.weight"):
             parameter.data.copy_(torch.eye(16))
     module.relevance_weight.data.fill_(20.0)
-    scores, visible = torch.tensor([[0.99, 0.992, 0.994]]), torch.ones(1, 3, dtype=torch.bool)
-    # With queries of 0 the weights are those of relevance alone; a document of unit vectors writes its weight down.
-    evidence = torch.eye(3, 16)[None]
-    output, *_ = module.bfloat16()(
-        torch.ones(1, 1, 16).bfloat16(), evidence.bfloat16(), scores, torch.arange(3)[None], visible
-    )
-    torch.testing.assert_close(output[0, :, :3].float(), (20 * scores).softmax(-1), rtol=0, atol=2e-3)
+    module.bfloat16()
+    for scores in (torch.tensor([[0.99, 0.992, 0.994]]), 0.8 + 0.2 * torch.rand(100, 8)):
+        targets, documents = scores.shape
+        # With queries of 0 the weights are those of relevance alone; a document of unit vectors writes its weight down.
+        output, *_ = module(
+            torch.ones(targets, 1, 16).bfloat16(),
+            torch.eye(documents, 16)[None].bfloat16(),
+            scores,
+            torch.arange(documents)[None],
+            torch.ones(targets, documents, dtype=torch.bool),
+        )
+        torch.testing.assert_close(output[:, 0, :documents].float(), (20 * scores).softmax(-1), rtol=0, atol=3e-3)
 
 
 def test_paper_size():
