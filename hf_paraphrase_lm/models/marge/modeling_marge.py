@@ -483,7 +483,6 @@ class MargeEncoder(MargeStack):
             hidden_states = layer(hidden_states, mask, dropout=False)
         return first_token_embedding(hidden_states).view(*input_ids.shape[:-1], -1)
 
-    @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
