@@ -439,6 +439,27 @@ def test_padding_changes_nothing(batch):
         assert_same_gradients(gradients(model, **inputs), gradients(model, **batch))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_training_reads_no_padding_of_evidence(batch, attention):
+    """Cross-attention gets the tokens of the fullest group, and the result is that with all padding."""
+    none = torch.full_like(batch["input_ids"], 1)
+    for input_ids in (batch["input_ids"], torch.cat([batch["input_ids"][:1], none[:1]]), none):
+        inputs = {"input_ids": input_ids, "labels": batch["labels"]}
+        inputs["evidence_mask"] = torch.tensor([[True, False, True], [True] * 3, [False] * 3, [False, True, True]])
+        model = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        model.set_attn_implementation(attention)
+        keys = []
+        projection = model.model.decoder.layers[-1].cross_attn.k_proj
+        projection.register_forward_hook(lambda module, args, output, keys=keys: keys.append(output.shape[1]))
+        expected, expected_gradients = model(**inputs), gradients(model, **inputs)
+        model.train()
+        outputs = model(**inputs)
+        torch.testing.assert_close(outputs.loss, expected.loss, rtol=0, atol=1e-5)
+        assert_same_gradients(gradients(model, **inputs), expected_gradients)
+        assert keys[0] == 3 * input_ids.shape[-1] and keys[-1] == max(1, (input_ids != 1).sum((1, 2)).max())
+        torch.testing.assert_close(outputs.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+
+
 def test_loss_reaches_both_embeddings_through_relevance_only(batch):
     model = make_model()
     kept = []

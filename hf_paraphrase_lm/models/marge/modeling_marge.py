@@ -243,7 +243,7 @@ class MargeCrossAttention(MargeAttention):
         relevance_scores: torch.Tensor,  # (targets, num_evidence)
         token_documents: torch.Tensor,  # (groups, num_evidence * length), each token's document; padding: num_evidence
         evidence_mask: torch.Tensor,  # (targets, num_evidence)
-        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        target_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -291,25 +291,28 @@ class MargeCrossAttention(MargeAttention):
         output = self.out_proj(output) * evidence_mask.any(-1)[:, None, None]
 
         evidence_logits = None
-        if token_masks is not None:
-            evidence_logits = self.mean_scores(query[..., : self.head_dim], key[..., : self.head_dim], *token_masks)
+        if target_mask is not None:
+            is_token = token_documents.unsqueeze(-1) == torch.arange(num_evidence, device=token_documents.device)
+            evidence_logits = self.mean_scores(
+                query[..., : self.head_dim], key[..., : self.head_dim], target_mask, is_token
+            )
         return output, weights, evidence_logits
 
     @torch.no_grad()
     def mean_scores(
-        self, query: torch.Tensor, key: torch.Tensor, target_mask: torch.Tensor, document_mask: torch.Tensor
+        self, query: torch.Tensor, key: torch.Tensor, target_mask: torch.Tensor, is_token: torch.BoolTensor
     ) -> torch.Tensor:
         """Mean score of each target for each document over heads and real tokens, `(targets, num_evidence)`.
 
-        A mean of dot products is the dot product of the means, so no score matrix is needed.
+        A mean of dot products is the dot product of the means, so no score matrix is needed. `is_token (groups, keys,
+        num_evidence)` says of which document each key is a token.
         """
         targets_per_group = target_mask.shape[0] // key.shape[0]
         query = query.float().unflatten(2, (targets_per_group, -1))  # (groups, heads, targets, length, head_dim)
-        key = key.float().unflatten(2, (document_mask.shape[1], -1))  # (groups, heads, documents, length, head_dim)
         target_mask = target_mask.unflatten(0, (-1, 1, targets_per_group)).unsqueeze(-1)
-        document_mask = document_mask[:, None, :, :, None]
         query = (query * target_mask).sum(3) / target_mask.sum(3).clamp(min=1)
-        key = (key * document_mask).sum(3) / document_mask.sum(3).clamp(min=1)
+        is_token = is_token.float().transpose(1, 2).unsqueeze(1)  # (groups, 1, num_evidence, keys)
+        key = is_token @ key.float() / is_token.sum(-1, keepdim=True).clamp(min=1)
         return (query @ key.transpose(-2, -1)).mean(1).flatten(0, 1)
 
 
@@ -378,7 +381,7 @@ class MargeDecoderLayer(MargeLayer):
         relevance_scores: torch.Tensor,
         token_documents: torch.Tensor,
         evidence_mask: torch.Tensor,
-        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        target_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -394,7 +397,7 @@ class MargeDecoderLayer(MargeLayer):
                 relevance_scores,
                 token_documents,
                 evidence_mask,
-                token_masks=token_masks,
+                target_mask=target_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
@@ -573,7 +576,7 @@ class MargeDecoder(MargeStack):
         relevance_scores: torch.FloatTensor | None = None,
         token_documents: torch.LongTensor | None = None,
         evidence_mask: torch.BoolTensor | None = None,
-        token_masks: tuple[torch.Tensor, torch.Tensor] | None = None,
+        target_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -605,7 +608,7 @@ class MargeDecoder(MargeStack):
                 relevance_scores,
                 token_documents,
                 evidence_mask,
-                token_masks=token_masks,
+                target_mask=target_mask,
                 past_key_values=past_key_values,
                 **kwargs,
             )
@@ -621,6 +624,18 @@ class MargeDecoder(MargeStack):
 def mask_of(input_ids: torch.LongTensor, pad_token_id: int | None) -> torch.LongTensor:
     """1 for real tokens, 0 for padding: the attention mask where none was given."""
     return torch.ones_like(input_ids) if pad_token_id is None else (input_ids != pad_token_id).long()
+
+
+def without_padding(
+    states: torch.Tensor, token_documents: torch.Tensor, is_token: torch.BoolTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(groups, tokens, hidden) states and (groups, tokens) documents, as few a group as the fullest group has.
+
+    What is left out are keys that would only be hidden.
+    """
+    most = int(is_token.sum(1).max().clamp(min=1))
+    order = is_token.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return states.take_along_dim(order.unsqueeze(-1), dim=1), token_documents.gather(1, order)
 
 
 def split_batches(states: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:
@@ -872,25 +887,25 @@ class MargeModel(MargePreTrainedModel):
                 relevance_scores = evidence_states.new_ones(targets, num_evidence)
         relevance_scores = relevance_scores.float()
 
-        token_masks = None
-        if self.config.distillation_loss_weight > 0 and self.training and target_attention_mask is not None:
-            token_masks = (target_attention_mask, attention_mask)
-
+        distills = self.config.distillation_loss_weight > 0 and self.training and target_attention_mask is not None
+        read_states = evidence_states
+        if self.training and not kwargs.get("output_attentions", self.config.output_attentions):
+            read_states, token_documents = without_padding(evidence_states, token_documents, attention_mask.flatten(1))
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
-            evidence_states=evidence_states,
+            evidence_states=read_states,
             relevance_scores=relevance_scores,
             token_documents=token_documents,
             evidence_mask=evidence_mask,
-            token_masks=token_masks,
+            target_mask=target_attention_mask if distills else None,
             past_key_values=past_key_values,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
             **kwargs,
         )
         distillation = None
-        if token_masks is not None:
+        if distills:
             logits, num_tokens = decoder_outputs.evidence_logits, target_attention_mask.sum(-1)
             distillation = distillation_loss(logits, relevance_scores, evidence_mask, num_tokens)
         return MargeModelOutput(
