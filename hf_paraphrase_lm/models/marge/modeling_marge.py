@@ -239,9 +239,9 @@ class MargeCrossAttention(MargeAttention):
     def forward(
         self,
         hidden_states: torch.Tensor,  # (targets, target_length, hidden)
-        evidence_states: torch.Tensor,  # (groups, num_evidence * length, hidden)
+        evidence_states: torch.Tensor,  # (groups, keys, hidden), keys = num_evidence * length or fewer
         relevance_scores: torch.Tensor,  # (targets, num_evidence)
-        token_documents: torch.Tensor,  # (groups, num_evidence * length), each token's document; padding: num_evidence
+        token_documents: torch.Tensor,  # (groups, keys), each token's document; padding: num_evidence
         evidence_mask: torch.Tensor,  # (targets, num_evidence)
         target_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
@@ -258,7 +258,7 @@ class MargeCrossAttention(MargeAttention):
         if cache is not None and past_key_values.is_updated.get(self.layer_idx):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
-            key = self.split_heads(self.k_proj(evidence_states))  # (groups, heads, num_evidence * length, head_dim)
+            key = self.split_heads(self.k_proj(evidence_states))  # (groups, heads, keys, head_dim)
             value = self.split_heads(self.v_proj(evidence_states))
             if not eager:
                 one_hot = torch.eye(num_evidence + 1, added, dtype=key.dtype, device=key.device)[token_documents]
@@ -277,7 +277,7 @@ class MargeCrossAttention(MargeAttention):
         bias = bias.masked_fill(~evidence_mask, HIDDEN_SCORE)
         bias = nn.functional.pad(bias, (0, added - num_evidence), value=HIDDEN_SCORE).to(query.dtype)
         bias = bias.repeat_interleave(target_length, dim=0).view(groups, 1, -1, added)
-        if eager:  # (groups, 1, queries, num_evidence * length)
+        if eager:  # (groups, 1, queries, keys)
             kwargs["position_bias"] = bias.gather(-1, token_documents[:, None, None].expand(-1, -1, bias.shape[2], -1))
         else:
             query = torch.cat([query, bias.expand(-1, self.num_heads, -1, -1)], dim=-1)
@@ -582,7 +582,7 @@ class MargeDecoder(MargeStack):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MargeDecoderOutput:
-        """Decodes `(targets, target_length)` ids on `(groups, num_evidence * length, hidden_size)` evidence."""
+        """Decodes `(targets, target_length)` ids on `(groups, keys, hidden_size)` states of evidence."""
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         if use_cache and past_key_values is None:
