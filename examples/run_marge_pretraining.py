@@ -16,6 +16,12 @@ retrieval_layers=2,initializer_range=0.05,hidden_dropout_prob=0,attention_probs_
         --language_column language --other_languages_only --center_languages --pairs_per_target 1 \
         --contrastive_loss_weight 1 --per_device_train_batch_size 16 --num_targets 2 --num_evidence 2 ...
 
+    # languages that share few words: the layers that embed documents first, all of the model then
+    python examples/run_marge_pretraining.py --reconstruction_loss_weight 0 --contrastive_loss_weight 1 \
+        --num_targets 1 --num_evidence 1 --per_device_train_batch_size 32 --pairs_per_target .25 --output_dir runs/1 ...
+    python examples/run_marge_pretraining.py --model_name_or_path runs/1 --reconstruction_loss_weight 1 \
+        --first_groups model --output_dir runs/2 ...
+
     # continued pre-training, on news by day: evidence is of the same day, and articles begin with what they are about
     python examples/run_marge_pretraining.py --model_name_or_path runs/small --train_file news.parquet \
         --shard_column date --shards_per_refresh 100 --first_chunks_only ...
@@ -85,9 +91,12 @@ class NetworkArguments:
         default=None,
         metadata={"help": "how much relevance also learns from what the decoder reads"},
     )
+    reconstruction_loss_weight: float | None = field(
+        default=None, metadata={"help": "0: train by contrast only those layers that embed documents, in little time"}
+    )
     contrastive_loss_weight: float | None = field(
         default=None,
-        metadata={"help": "how much relevance also learns to tell a target's evidence from that of other groups"},
+        metadata={"help": "how much relevance also learns to tell what is of one group from what is of others"},
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "'sdpa', 'eager'; on a CPU with --bf16, 'eager' is the fastest for short texts"}
@@ -182,7 +191,7 @@ def load_model(network: NetworkArguments, tokenizer) -> MargeForConditionalGener
         raise ValueError(
             f"--model_name_or_path must be a MARGE checkpoint, but is of the family {config.model_type!r}."
         )
-    for weight in ("distillation_loss_weight", "contrastive_loss_weight"):
+    for weight in ("distillation_loss_weight", "reconstruction_loss_weight", "contrastive_loss_weight"):
         if getattr(network, weight) is not None:
             setattr(config, weight, getattr(network, weight))
     override(config, network.config_overrides)
@@ -192,6 +201,12 @@ def load_model(network: NetworkArguments, tokenizer) -> MargeForConditionalGener
         model = MargeForConditionalGeneration(config)
     if network.attn_implementation:
         model.set_attn_implementation(network.attn_implementation)
+    if config.reconstruction_loss_weight == 0:
+        # The others get no gradient, which DistributedDataParallel would wait for.
+        encoder = model.model.encoder
+        model.requires_grad_(False)
+        for module in (encoder.embed_tokens, encoder.embed_positions, encoder.layers[: config.retrieval_layers]):
+            module.requires_grad_(True)
     return model
 
 

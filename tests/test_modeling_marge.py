@@ -578,6 +578,35 @@ def test_contrastive_loss_needs_other_groups_and_one_document_is_enough(batch):
     assert all(parameter.grad is not None for parameter in own)
 
 
+def test_contrast_alone(batch):
+    """The same loss, scores and gradients as beside the reconstruction; the decoder and the layers above get none."""
+    weights = {"contrastive_loss_weight": 0.5, "hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    model = make_model(reconstruction_loss_weight=0, **weights).train()
+    both = make_model(reconstruction_loss_weight=3, **weights).train()
+    batch = batch | {"num_items_in_batch": 50}
+    outputs, expected = model(**batch), both(**batch)
+    torch.testing.assert_close(outputs.contrastive_loss, expected.contrastive_loss)
+    torch.testing.assert_close(outputs.relevance_scores, expected.relevance_scores)
+    share = (batch["labels"] != -100).sum() / 50
+    torch.testing.assert_close(outputs.loss, 0.5 * outputs.contrastive_loss * share)
+    plain = make_model(**{**weights, "contrastive_loss_weight": 0}).train()(**batch).loss
+    torch.testing.assert_close(expected.loss, 3 * plain + outputs.loss)
+    # In evaluation it is the reconstruction that counts.
+    torch.testing.assert_close(model.eval()(**batch).loss, both.eval()(**batch).loss)
+    outputs.loss.backward()
+    (0.5 * expected.contrastive_loss * share).backward()
+    own = {"shared.weight", "encoder.embed_positions.weight"}
+    for (name, weight), other in zip(model.model.named_parameters(), both.model.parameters(), strict=True):
+        if name in own or name.startswith(("encoder.layers.0.", "encoder.layers.1.")):
+            torch.testing.assert_close(weight.grad, other.grad)
+        else:
+            assert weight.grad is None, name
+    with pytest.raises(ValueError, match=re.escape("needs evidence as input_ids (groups, num_evidence, length)")):
+        model.train()(batch["input_ids"][0], labels=batch["labels"][:3])
+    with pytest.raises(ValueError, match="multiple of the number of evidence groups"):
+        model(batch["input_ids"], labels=batch["labels"][:3])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_loss_in_chunks_equals_that_of_all_logits(batch, dtype, monkeypatch):
     model = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
@@ -928,6 +957,11 @@ def test_stock_seq2seq_fine_tuning(tmp_path):
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob must be in [0, 1), but got 1.5."),
         ({"distillation_loss_weight": -1}, "distillation_loss_weight must not be negative, but got -1."),
         ({"contrastive_loss_weight": -1}, "contrastive_loss_weight must not be negative, but got -1."),
+        ({"reconstruction_loss_weight": -1}, "reconstruction_loss_weight must not be negative, but got -1."),
+        (
+            {"reconstruction_loss_weight": 0},
+            "reconstruction_loss_weight=0 trains by the contrastive loss alone, but contrastive_loss_weight is 0, too",
+        ),
         ({"contrastive_temperature": 0}, "contrastive_temperature must be positive, but got 0."),
     ],
 )
@@ -954,6 +988,7 @@ def test_every_field_is_read(batch):
         "hidden_dropout_prob": 0.5,
         "attention_probs_dropout_prob": 0.5,
         "distillation_loss_weight": 1.0,
+        "reconstruction_loss_weight": 2.0,
         "contrastive_loss_weight": 1.0,
         "contrastive_temperature": 0.5,
         "initializer_range": 0.1,

@@ -223,6 +223,29 @@ def test_continued(run, checkpoint, tmp_path):
     torch.testing.assert_close(slow[name] - before[name], (fast[name] - before[name]) / 2, rtol=1e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["run_marge_pretraining", "run_marge_pretraining_no_trainer"])
+def test_contrast_comes_first(run, checkpoint, repository, tmp_path, name):
+    """Alone, it leaves what does not embed documents as it is, in two processes as well; then all of the model learns.
+
+    Two processes contrast a group with those of their own batch only, so they learn something else than one.
+    """
+    settings = {"reconstruction_loss_weight": 0, "contrastive_loss_weight": 1, "max_steps": 2, "weight_decay": 0.5}
+    first = run(**settings, per_device_train_batch_size=4, output_dir=tmp_path / "embedder")
+    assert all(log["loss"] == pytest.approx(log["contrastive_loss"], 1e-3) for log in history(first) if "loss" in log)
+    arguments = [*sys.argv[1:], f"--output_dir={tmp_path / name}"]
+    if name.endswith("no_trainer"):
+        arguments = [argument for argument in arguments if not argument.startswith(("--save_strategy", "--do_train"))]
+    launch(repository / "examples" / f"{name}.py", tmp_path, *arguments)
+    before = weights(checkpoint)
+    for folder in (first, tmp_path / name):
+        changed = {weight for weight, value in weights(folder).items() if not torch.equal(value, before[weight])}
+        layer = {weight for weight in before if weight.startswith("model.encoder.layers.0.")}
+        assert changed == layer | {"model.shared.weight", "model.encoder.embed_positions.weight"}
+    then = {"reconstruction_loss_weight": 1, "first_groups": "model", "max_steps": 2}
+    after = weights(run(**then, model_name_or_path=first, output_dir=tmp_path / "all"))
+    assert all(not torch.equal(value, before[weight]) for weight, value in after.items())
+
+
 def record_searches(monkeypatch):
     """What embeds at each search for groups of the training, its step of training, and the shards."""
     searches, find_groups = [], EvidenceDataset.find_groups

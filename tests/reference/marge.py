@@ -108,23 +108,33 @@ def distillation(evidence_logits, relevance, evidence_mask, num_tokens):
 
 
 def contrastive(relevance, evidence, targets, groups, evidence_mask, num_tokens, temperature):
-    """Token-weighted mean of -log(own / all) in exp(f / temperature), over own evidence and the other groups' texts.
+    """-log(own / all) in exp(f / temperature), over what belongs to a text and texts of other groups, both ways.
 
     `relevance[i][g][j]` is f of target i and document j of group g; `evidence[g][j]` and `targets[i]` are lists of ids,
-    an empty list no document; `groups[i]` is the group of target i and `evidence_mask[i]` for the documents there.
+    an empty list no document; `groups[i]` is the group of target i and `evidence_mask[i]` for the documents there. The
+    mean over targets and the mean over evidence are weighted by tokens; the result is the mean of both.
     """
-    total = 0.0
-    for i, (target, group) in enumerate(zip(targets, groups, strict=True)):
-        own = [j for j, text in enumerate(evidence[group]) if text and evidence_mask[i][j]]
-        if not own:
-            continue
-        positives = [evidence[group][j] for j in own]
-        scores = [math.exp(relevance[i][group][j] / temperature) for j in own]
-        others = [
-            math.exp(relevance[i][g][j] / temperature)
-            for g, texts in enumerate(evidence)
-            for j, text in enumerate(texts)
-            if g != group and text and text != target and text not in positives
+    places = [(g, j) for g, texts in enumerate(evidence) for j, text in enumerate(texts) if text]
+
+    def belong(i, g, j):
+        return bool(targets[i]) and groups[i] == g and evidence_mask[i][j]
+
+    def is_negative(i, g, j):
+        known = [
+            evidence[h][k]
+            for m in range(len(targets))
+            if targets[m] == targets[i]
+            for h, k in places
+            if belong(m, h, k)
         ]
-        total -= num_tokens[i] * math.log(sum(scores) / (sum(scores) + sum(others)))
-    return total / sum(num_tokens)
+        return bool(targets[i]) and groups[i] != g and evidence[g][j] not in [targets[i], *known]
+
+    def loss(pairs):
+        scores = {pair: math.exp(relevance[pair[0]][pair[1]][pair[2]] / temperature) for pair in pairs}
+        own = sum(score for pair, score in scores.items() if belong(*pair))
+        return math.log(1 + sum(score for pair, score in scores.items() if is_negative(*pair)) / own) if own else 0.0
+
+    to_evidence = [n * loss([(i, *place) for place in places]) for i, n in enumerate(num_tokens)]
+    to_targets = [len(evidence[g][j]) * loss([(i, g, j) for i in range(len(targets))]) for g, j in places]
+    lengths = [len(evidence[g][j]) for g, j in places]
+    return (sum(to_evidence) / sum(num_tokens) + sum(to_targets) / sum(lengths)) / 2

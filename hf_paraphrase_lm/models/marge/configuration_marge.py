@@ -32,10 +32,14 @@ class MargeConfig(PreTrainedConfig):
         distillation_loss_weight (`float`, defaults to 0.0):
             Weight of KL(cross-attention || relevance), which teaches the relevance scores what the decoder reads.
             Not in the paper; known from marge-pytorch. 0 computes nothing.
+        reconstruction_loss_weight (`float`, defaults to 1.0):
+            Weight of the paper's loss in training. 0 trains the layers that embed documents by the contrastive loss
+            alone and computes nothing else, which takes a fraction of the time: a beginning for languages that share no
+            words, which reconstruction cannot learn from before it knows what is relevant. Not in the paper.
         contrastive_loss_weight (`float`, defaults to 0.0):
-            Weight of [`contrastive_loss`](modeling_marge.py), which makes a target's own evidence more relevant than
-            that of the other groups in the batch. Not in the paper: our choice, for small corpora, which reconstruction
-            alone does not teach what is relevant. 0 computes nothing.
+            Weight of [`contrastive_loss`](modeling_marge.py), which makes targets and evidence of one group more
+            relevant to each other than to those of the other groups in the batch. Not in the paper: our choice, for
+            small corpora, which reconstruction alone does not teach what is relevant. 0 computes nothing.
         contrastive_temperature (`float`, defaults to 0.05): Divisor of the relevance scores in that loss.
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights (our choice).
         layer_norm_eps (`float`, defaults to 1e-5): Epsilon of every LayerNorm (our choice).
@@ -87,6 +91,7 @@ class MargeConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     distillation_loss_weight: float | int = 0.0
+    reconstruction_loss_weight: float | int = 1.0
     contrastive_loss_weight: float | int = 0.0
     contrastive_temperature: float | int = 0.05
     initializer_range: float = 0.02
@@ -124,9 +129,14 @@ class MargeConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), but got {getattr(self, name)}.")
-        for name in ("distillation_loss_weight", "contrastive_loss_weight"):
+        for name in ("distillation_loss_weight", "reconstruction_loss_weight", "contrastive_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but got {getattr(self, name)}.")
+        if self.reconstruction_loss_weight == self.contrastive_loss_weight == 0:
+            raise ValueError(
+                "reconstruction_loss_weight=0 trains by the contrastive loss alone, but contrastive_loss_weight is 0, "
+                "too, so nothing would be trained. Set one of them."
+            )
         if self.contrastive_temperature <= 0:
             raise ValueError(f"contrastive_temperature must be positive, but got {self.contrastive_temperature}.")
         if self.hidden_act not in ACT2FN:

@@ -681,29 +681,27 @@ def distillation_loss(
 
 def contrastive_loss(
     relevance_scores: torch.Tensor,
-    evidence_mask: torch.Tensor,
+    is_own: torch.Tensor,
     is_negative: torch.Tensor,
     num_tokens: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """-log of the share of own evidence in exp(f / temperature) over the batch, a mean over targets, in nats.
+    """-log of the share of own documents in exp(f / temperature) over the batch, a mean over rows, in nats.
 
     That one document at least among several is relevant, not all, is what the groups promise; this is the loss of Miech
-    et al. 2020 (MIL-NCE, equation 1) for that, from targets to evidence. Targets count by their number of tokens, as in
-    [`distillation_loss`]; one without evidence, or in a batch without any other, counts 0.
+    et al. 2020 (MIL-NCE, equation 1) for that. Rows count by their number of tokens, as in [`distillation_loss`]; one
+    without a document of its own, or in a batch without any other, counts 0.
 
     Args:
-        relevance_scores (`torch.FloatTensor` of shape `(targets, groups * num_evidence)`): f(x, z) for all evidence of
-            the batch.
-        evidence_mask, is_negative (`torch.BoolTensor` of that shape): Own evidence of a target, and what it is
-            contrasted with.
-        num_tokens (`torch.Tensor` of shape `(targets,)`): Tokens of each target.
+        relevance_scores (`torch.FloatTensor` of shape `(n, m)`): f of the rows and of all that they are compared with.
+        is_own, is_negative (`torch.BoolTensor` of that shape): What belongs to a row, and what it is contrasted with.
+        num_tokens (`torch.Tensor` of shape `(n,)`): Tokens of each row.
         temperature: Divisor of f.
     """
     scores = relevance_scores.float() / temperature
-    own = scores.masked_fill(~evidence_mask, HIDDEN_SCORE).logsumexp(-1)
-    all_evidence = scores.masked_fill(~(evidence_mask | is_negative), HIDDEN_SCORE).logsumexp(-1)
-    losses = (all_evidence - own).masked_fill(~evidence_mask.any(-1), 0.0)
+    own = scores.masked_fill(~is_own, HIDDEN_SCORE).logsumexp(-1)
+    all_documents = scores.masked_fill(~(is_own | is_negative), HIDDEN_SCORE).logsumexp(-1)
+    losses = (all_documents - own).masked_fill(~is_own.any(-1), 0.0)
     return (losses * num_tokens).sum() / num_tokens.sum().clamp(min=1)
 
 
@@ -735,6 +733,21 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
     chunks = zip(states[is_label].split(size), labels[is_label].split(size), strict=True)
     losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
+
+
+def visible_evidence(
+    attention_mask: torch.BoolTensor, targets: int, evidence_mask: torch.Tensor | None
+) -> torch.BoolTensor:
+    """`(targets, num_evidence)`: what each may see of `(groups, num_evidence, length)` evidence."""
+    groups = len(attention_mask)
+    if targets % groups:
+        raise ValueError(
+            f"The number of targets must be a multiple of the number of evidence groups ({groups}), but got {targets}. "
+            "Evidence of shape (groups, num_evidence, length) serves targets // groups consecutive targets a group."
+        )
+    # A document of nothing but padding only fills up a group.
+    is_document = attention_mask.any(-1).repeat_interleave(targets // groups, dim=0)
+    return is_document if evidence_mask is None else evidence_mask.bool() & is_document
 
 
 def is_same_text(input_ids: torch.LongTensor, others: torch.LongTensor, pad_token_id: int) -> torch.BoolTensor:
@@ -845,12 +858,6 @@ class MargeModel(MargePreTrainedModel):
         targets = (decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds).shape[0]
         given = next((x for x in (document_embeddings, relevance_scores, evidence_mask) if x is not None), None)
         num_evidence = 1 if given is None else given.shape[1]
-        if targets % groups:
-            raise ValueError(
-                f"The number of targets must be a multiple of the number of evidence groups ({groups}), but got "
-                f"{targets}. Evidence of shape (groups, num_evidence, length) serves targets // groups consecutive "
-                "targets a group."
-            )
         for name, tensor in (("relevance_scores", relevance_scores), ("evidence_mask", evidence_mask)):
             if tensor is not None and tensor.shape != (targets, num_evidence):
                 raise ValueError(
@@ -864,9 +871,7 @@ class MargeModel(MargePreTrainedModel):
         attention_mask = attention_mask.reshape(groups, num_evidence, -1).bool()
         documents = torch.arange(num_evidence, device=attention_mask.device).unsqueeze(-1)
         token_documents = torch.where(attention_mask, documents, num_evidence).flatten(1)
-        # A document of nothing but padding only fills up a group.
-        is_document = attention_mask.any(-1).repeat_interleave(targets // groups, dim=0)
-        evidence_mask = is_document if evidence_mask is None else evidence_mask.bool() & is_document
+        evidence_mask = visible_evidence(attention_mask, targets, evidence_mask)
 
         contrast = None
         contrasts = self.config.contrastive_loss_weight > 0 and self.training and input_ids is not None
@@ -875,14 +880,9 @@ class MargeModel(MargePreTrainedModel):
             if document is not None and document_embeddings is not None and is_needed:
                 embeddings = encoder_outputs.get("target_embeddings")
                 embeddings = self.embed(*document) if embeddings is None else embeddings
-                # In bf16 the cosines of similar documents, all close to 1, would be one and the same.
-                with maybe_autocast(embeddings.device.type, enabled=False):
-                    by_group = embeddings.unflatten(0, (groups, -1))
-                    relevance_scores = (by_group @ document_embeddings.transpose(1, 2)).flatten(0, 1)
-                    if contrasts:
-                        all_scores = embeddings @ document_embeddings.flatten(0, 1).T
-                        own = evidence_mask, target_attention_mask.sum(-1)
-                        contrast = self.contrastive_loss(all_scores, document, input_ids, attention_mask, *own)
+                texts = (document, input_ids) if contrasts else (None, None)
+                masks = attention_mask, evidence_mask, target_attention_mask
+                relevance_scores, contrast = self.compare(embeddings, document_embeddings, *texts, *masks)
             else:
                 relevance_scores = evidence_states.new_ones(targets, num_evidence)
         relevance_scores = relevance_scores.float()
@@ -923,10 +923,37 @@ class MargeModel(MargePreTrainedModel):
             encoder_attentions=encoder_outputs.get("attentions"),
         )
 
+    def compare(
+        self,
+        embeddings: torch.Tensor,
+        document_embeddings: torch.Tensor,
+        document: tuple[torch.Tensor, torch.Tensor] | None,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.BoolTensor,
+        evidence_mask: torch.BoolTensor,
+        target_attention_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """f of targets `(targets, hidden_size)` and their groups' evidence `(groups, num_evidence, hidden_size)`.
+
+        Returns:
+            f, `(targets, num_evidence)`, and with the texts (`document` and `input_ids`) their contrastive loss.
+        """
+        # In bf16 the cosines of similar documents, all close to 1, would be one and the same.
+        with maybe_autocast(embeddings.device.type, enabled=False):
+            by_group = embeddings.unflatten(0, (len(document_embeddings), -1))
+            relevance_scores = (by_group @ document_embeddings.transpose(1, 2)).flatten(0, 1)
+            if input_ids is None:
+                return relevance_scores, None
+            all_scores = embeddings @ document_embeddings.flatten(0, 1).T
+            own = evidence_mask, target_attention_mask.sum(-1)
+            return relevance_scores, self.contrastive_loss(all_scores, document, input_ids, attention_mask, *own)
+
     def contrastive_loss(
         self, relevance_scores, document, input_ids, attention_mask, evidence_mask, num_tokens
     ) -> torch.Tensor:
-        """[`contrastive_loss`] with the evidence of other groups, as far as it is another text than any of a target's.
+        """[`contrastive_loss`] from targets to evidence and from evidence to targets, the mean of both.
+
+        Contrasted are documents of different groups, unless one is a copy of the other or of what belongs to it.
 
         Args:
             relevance_scores: `(targets, groups * num_evidence)`.
@@ -938,17 +965,23 @@ class MargeModel(MargePreTrainedModel):
         groups, num_evidence = attention_mask.shape[:2]
         group = torch.arange(groups, device=evidence_mask.device).repeat_interleave(len(evidence_mask) // groups)
         is_own = evidence_mask.new_zeros(len(evidence_mask), groups, num_evidence)
-        is_own[torch.arange(len(group), device=group.device), group] = evidence_mask
+        is_own[torch.arange(len(group), device=group.device), group] = evidence_mask & (num_tokens > 0)[:, None]
         is_own = is_own.flatten(1)
         pad = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-        evidence = input_ids.reshape(groups * num_evidence, -1).masked_fill(~attention_mask.flatten(0, 1), pad)
+        attention_mask = attention_mask.flatten(0, 1)
+        evidence = input_ids.reshape(groups * num_evidence, -1).masked_fill(~attention_mask, pad)
         targets = document[0].masked_fill(~document[1].bool(), pad)
-        # Of one text, a target's own or one of its evidence, there may be copies in other groups.
-        same = is_same_text(evidence, evidence, pad).to(relevance_scores.dtype)
-        is_known = (is_own.to(same.dtype) @ same > 0) | is_same_text(targets, evidence, pad)
+        # Of one text there may be copies in other groups.
+        dtype = relevance_scores.dtype
+        same_target, same_evidence = (is_same_text(texts, texts, pad).to(dtype) for texts in (targets, evidence))
+        is_known = (same_target @ is_own.to(dtype) @ same_evidence > 0) | is_same_text(targets, evidence, pad)
         in_own_group = torch.arange(groups, device=group.device).repeat_interleave(num_evidence) == group[:, None]
-        is_negative = attention_mask.any(-1).flatten() & ~in_own_group & ~is_known
-        return contrastive_loss(relevance_scores, is_own, is_negative, num_tokens, self.config.contrastive_temperature)
+        is_document = attention_mask.any(-1) & (num_tokens > 0)[:, None]
+        table = relevance_scores, is_own, is_document & ~in_own_group & ~is_known
+        temperature = self.config.contrastive_temperature
+        to_evidence = contrastive_loss(*table, num_tokens, temperature)
+        to_targets = contrastive_loss(*(part.T for part in table), attention_mask.sum(-1), temperature)
+        return (to_evidence + to_targets) / 2
 
 
 class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
@@ -1029,6 +1062,9 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
             use_cache = False
             target_attention_mask = labels != -100
             target_input_ids = labels.masked_fill(~target_attention_mask, self.config.pad_token_id)
+            if self.training and self.config.reconstruction_loss_weight == 0:
+                targets = target_input_ids, target_attention_mask
+                return self._contrast(input_ids, attention_mask, *targets, evidence_mask, num_items_in_batch)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
 
@@ -1055,6 +1091,8 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
         if labels is not None:
             num_tokens = target_attention_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = reconstruction_loss(outputs.last_hidden_state, labels, self.lm_head) / num_tokens
+            if self.training:
+                loss = self.config.reconstruction_loss_weight * loss
             share = target_attention_mask.sum() / num_tokens
             if outputs.distillation_loss is not None:
                 loss = loss + self.config.distillation_loss_weight * outputs.distillation_loss * share
@@ -1062,6 +1100,34 @@ class MargeForConditionalGeneration(MargePreTrainedModel, GenerationMixin):
                 loss = loss + self.config.contrastive_loss_weight * outputs.contrastive_loss * share
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MargeLMOutput(loss=loss, logits=logits, **fields)
+
+    def _contrast(
+        self, input_ids, attention_mask, target_input_ids, target_attention_mask, evidence_mask, num_items_in_batch
+    ) -> MargeLMOutput:
+        """The contrastive loss alone, of nothing but the embeddings; arguments as in `MargeModel.forward`."""
+        if input_ids is None or input_ids.dim() != 3:
+            raise ValueError(
+                "reconstruction_loss_weight=0 trains by the contrastive loss alone, which needs evidence as input_ids "
+                f"(groups, num_evidence, length), but got {None if input_ids is None else tuple(input_ids.shape)}. "
+                "DataCollatorForParaphrasing makes them."
+            )
+        if attention_mask is None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
+        attention_mask = attention_mask.reshape(input_ids.shape).bool()
+        document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
+        embeddings, document_embeddings = self.embed(*document), self.embed(input_ids, attention_mask)
+        evidence_mask = visible_evidence(attention_mask, len(embeddings), evidence_mask)
+        scores, contrast = self.model.compare(
+            embeddings, document_embeddings, document, input_ids, attention_mask, evidence_mask, target_attention_mask
+        )
+        num_tokens = target_attention_mask.sum()
+        share = num_tokens / (num_tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return MargeLMOutput(
+            loss=self.config.contrastive_loss_weight * contrast * share,
+            relevance_scores=scores,
+            contrastive_loss=contrast,
+            document_embeddings=document_embeddings,
+        )
 
 
 class MargeForSequenceClassification(MargePreTrainedModel):
