@@ -1,7 +1,8 @@
-"""What the pre-training scripts share: the tokenizer of the corpus, and the loop of those that do without `Trainer`."""
+"""What the pre-training scripts share: settings, the tokenizer of the corpus, the loop of those without `Trainer`."""
 
 import logging
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -19,11 +20,39 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+from transformers import AutoTokenizer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_paraphrase_lm import __version__, train_tokenizer
 from runs import DataArguments, ModelArguments, full_disk_explained, override
+
+
+def bf16_is_faster(use_cpu: bool = False) -> bool:
+    """Whether this machine has instructions for products in bfloat16, which then are faster than those in float32."""
+    if torch.cuda.is_available() and not use_cpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Asked rather than measured, so that all processes of a run get the same answer. Old PyTorch cannot tell.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """transformers.TrainingArguments with other defaults."""
+
+    adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of Adam"})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
+    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "mixed precision with bfloat16; by default where the machine is faster with it"}
+    )
+    # The collators read columns that are no arguments of forward.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false"})
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_faster(self.use_cpu)
+        super().__post_init__()
 
 
 def load_tokenizer(config_class, network, corpus, texts, folder: Path, is_to_train: bool):
@@ -112,7 +141,8 @@ class LoopArguments:
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0: not at all"})
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "instead of that of `accelerate launch`"}
+        default=None,
+        metadata={"help": "by default that of `accelerate launch`, and without it bf16 where the machine is faster"},
     )
     use_cpu: bool = field(default=False, metadata={"help": "even if there is a GPU"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "processes that make the batches of a device"})
@@ -123,6 +153,8 @@ class LoopArguments:
     seed: int = field(default=42, metadata={"help": "of weights, order, masks and dropout"})
 
     def __post_init__(self):
+        if self.mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
+            self.mixed_precision = "bf16" if bf16_is_faster(self.use_cpu) else "no"
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps")
         for name in sizes:
             if getattr(self, name) < 1:

@@ -15,7 +15,6 @@ column "trained" come from a second process, which loads both models with the Au
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -55,6 +54,7 @@ from hf_paraphrase_lm.data import load_python_docs
 from hf_paraphrase_lm.retrieval import embed_documents
 from hf_paraphrase_lm.training import corrective_lm_metrics, evidence_losses, recall_at_k
 from plot_run import draw_runs
+from pretraining import bf16_is_faster
 
 MAX_LENGTH = 64
 # Small networks: what two CPU cores can train in about a minute each.
@@ -167,20 +167,6 @@ def reconstruct(marge, corpus: Corpus, tokenizer) -> dict[str, str]:
     }
 
 
-def bf16_is_faster() -> bool:
-    """Whether this machine multiplies matrices faster in bfloat16 than in float32."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.randn(512, 512).to(dtype)
-        times = []
-        for _ in range(12):
-            began = time.perf_counter()
-            matrix @ matrix
-            times.append(time.perf_counter() - began)
-        seconds[dtype] = statistics.median(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
-
-
 class ProgressBar(ProgressCallback):
     """Trainer's progress bar without a line for each log: the losses are drawn at the end."""
 
@@ -195,7 +181,7 @@ def pre_train(model, parameters, dataset, collator, tokenizer, folder: Path, cal
     arguments = TrainingArguments(
         output_dir=str(folder),
         use_cpu=True,
-        bf16=bf16_is_faster(),
+        bf16=bf16_is_faster(use_cpu=True),
         logging_steps=10,
         save_strategy="no",
         report_to="none",

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoModel, TrainingArguments, set_seed
+from transformers import AutoModel, set_seed
 
 from hf_paraphrase_lm import (
     CocoLMConfig,
@@ -39,7 +39,7 @@ from hf_paraphrase_lm import (
     chunk_documents,
 )
 from hf_paraphrase_lm.training import corrective_lm_metrics
-from pretraining import check_length, load_tokenizer, pretraining_card
+from pretraining import PretrainingArguments, check_length, load_tokenizer, pretraining_card
 from runs import (
     DataArguments,
     ModelArguments,
@@ -102,7 +102,7 @@ class CorpusArguments(DataArguments):
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class CocoLMTrainingArguments(PretrainingArguments):
     """transformers.TrainingArguments with the optimiser's settings in the authors' code.
 
     COCO-LM base was trained for 125,000 updates of 2048 sequences of 512 tokens. That its highest learning rate was
@@ -111,14 +111,10 @@ class PretrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/cocolm", metadata={"help": "folder for checkpoints, model and results"})
     learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate"})
-    adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of Adam"})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     max_grad_norm: float = field(default=2.0, metadata={"help": "gradients are clipped to this norm"})
     warmup_steps: float = field(default=0.08, metadata={"help": "updates, or if below 1 their share (10k of 125k)"})
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "texts in a batch of evaluation"})
-    # The collator reads columns that are no arguments of forward, and predictions of a whole corpus fill the memory.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false"})
+    # Predictions of a whole corpus fill the memory.
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss only"})
 
 
@@ -230,7 +226,7 @@ def write_model_card(
 
 def main():
     network, corpus, training = parse_arguments(
-        __doc__.splitlines()[0], NetworkArguments, CorpusArguments, PretrainingArguments
+        __doc__.splitlines()[0], NetworkArguments, CorpusArguments, CocoLMTrainingArguments
     )
     wanted = wanted_splits(training)
     check_run(training, network, corpus)

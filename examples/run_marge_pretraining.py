@@ -47,7 +47,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from hf_paraphrase_lm import (
     DataCollatorForParaphrasing,
@@ -63,7 +63,7 @@ from hf_paraphrase_lm.data.documents import special_token_id
 from hf_paraphrase_lm.retrieval import embed_documents
 from hf_paraphrase_lm.training import evidence_losses, recall_at_k
 from marge_data import CorpusArguments, EvidenceArguments, known_documents, load_documents, make_chunks
-from pretraining import load_tokenizer, pretraining_card
+from pretraining import PretrainingArguments, load_tokenizer, pretraining_card
 from runs import (
     ModelArguments,
     OrderedTrainer,
@@ -104,19 +104,14 @@ class NetworkArguments:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class MargeTrainingArguments(PretrainingArguments):
     """transformers.TrainingArguments with other defaults, which are our choice."""
 
     output_dir: str = field(default="runs/marge", metadata={"help": "folder for checkpoints, model and results"})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "groups in a batch, on each device"})
     learning_rate: float = field(default=1e-4, metadata={"help": "highest learning rate; small models: 1e-3"})
-    adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of Adam"})
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
-    weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
     warmup_steps: float = field(default=0.1, metadata={"help": "updates, or if below 1 their share"})
     eval_steps: int = field(default=500, metadata={"help": "updates between measurements of retrieval"})
-    # The collator reads columns that are no arguments of forward.
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must be false"})
 
     def __post_init__(self):
         super().__post_init__()
@@ -286,7 +281,7 @@ def write_model_card(
 
 def main():
     network, corpus, evidence, training = parse_arguments(
-        __doc__.splitlines()[0], NetworkArguments, CorpusArguments, EvidenceArguments, PretrainingArguments
+        __doc__.splitlines()[0], NetworkArguments, CorpusArguments, EvidenceArguments, MargeTrainingArguments
     )
     wanted = wanted_splits(training)
     check_run(training, network, corpus, evidence)

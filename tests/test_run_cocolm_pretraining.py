@@ -60,7 +60,7 @@ def run(script, monkeypatch, tmp_path):
             if texts is not None:
                 file = write_texts(tmp_path / f"{split}.{kind}", texts)
                 arguments |= {f"{split}_file": file, f"do_{switch}": True}
-        defaults = {"max_steps": 1, "per_device_train_batch_size": 3, "warmup_steps": 0}
+        defaults = {"max_steps": 1, "per_device_train_batch_size": 3, "warmup_steps": 0, "bf16": False}
         if "model_name_or_path" not in arguments:
             defaults |= {"vocab_size": 300, "max_length": 64, "config_overrides": OVERRIDES}
         return run_script(script, monkeypatch, tmp_path, **defaults | arguments)
@@ -403,7 +403,7 @@ def test_arguments_of_a_file(run, script, monkeypatch, tmp_path):
     settings = {name: str(file) for name, file in settings.items()} | {"do_train": True, "do_eval": True}
     settings |= {"use_cpu": True, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2, "max_length": 64}
     settings |= {"per_device_train_batch_size": 3, "vocab_size": 300, "config_overrides": OVERRIDES, "max_steps": 2}
-    settings |= {"warmup_steps": 0}
+    settings |= {"warmup_steps": 0, "bf16": False}
     for name in ("a.json", "a.yaml"):
         file, folder = tmp_path / name, tmp_path / name.replace(".", "-")
         # JSON is YAML.
@@ -423,7 +423,7 @@ def test_two_processes(tmp_path, repository):
     command += [repository / "examples" / "run_cocolm_pretraining.py", "--train_file=text.txt", "--do_train"]
     command += ["--validation_file=text.txt", "--do_eval", "--output_dir=out", "--use_cpu", "--report_to=none"]
     command += ["--vocab_size=1000", "--max_length=32", "--max_steps=3", "--per_device_train_batch_size=2"]
-    command += [f"--config_overrides={OVERRIDES}", "--learning_rate=1e-2", "--logging_steps=3"]
+    command += [f"--config_overrides={OVERRIDES}", "--learning_rate=1e-2", "--logging_steps=3", "--bf16=False"]
     environment = environment_of(repository, HF_HOME=str(tmp_path / "home"))
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

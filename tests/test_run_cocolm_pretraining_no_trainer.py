@@ -67,6 +67,7 @@ def run(script, monkeypatch, tmp_path, checkpoint):
     def run(**arguments):
         defaults = {"train_file": file, "model_name_or_path": checkpoint, "output_dir": tmp_path / "out"}
         defaults |= {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 4}
+        defaults |= {"mixed_precision": "no"}
         arguments = {name: value for name, value in (defaults | arguments).items() if value is not None}
         monkeypatch.setattr(sys, "argv", ["script.py", *(f"--{name}={value}" for name, value in arguments.items())])
         forget_accelerator()

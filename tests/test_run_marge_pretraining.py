@@ -90,7 +90,7 @@ def run(script, monkeypatch, tmp_path, checkpoint):
         defaults = {"train_file": tmp_path / "train.jsonl", "do_train": True, "learning_rate": 1e-3, "max_steps": 4}
         defaults |= {"model_name_or_path": checkpoint, "max_length": 32, "num_targets": 2, "num_evidence": 2}
         defaults |= {"per_device_train_batch_size": 2, "refresh_steps": 2, "warmup_steps": 0, "logging_steps": 1}
-        defaults |= {"language_column": "lang"}
+        defaults |= {"language_column": "lang", "bf16": False}
         if arguments.get("do_eval"):
             defaults |= {"validation_file": tmp_path / "held_out.jsonl", "eval_steps": 2, "group_column": "related"}
         write_rows(tmp_path / "train.jsonl", ROWS)
@@ -234,7 +234,9 @@ def test_contrast_comes_first(run, checkpoint, repository, tmp_path, name):
     assert all(log["loss"] == pytest.approx(log["contrastive_loss"], 1e-3) for log in history(first) if "loss" in log)
     arguments = [*sys.argv[1:], f"--output_dir={tmp_path / name}"]
     if name.endswith("no_trainer"):
-        arguments = [argument for argument in arguments if not argument.startswith(("--save_strategy", "--do_train"))]
+        arguments = [
+            argument for argument in arguments if not argument.startswith(("--save_strategy", "--do_", "--bf16"))
+        ]
     launch(repository / "examples" / f"{name}.py", tmp_path, *arguments)
     before = weights(checkpoint)
     for folder in (first, tmp_path / name):
@@ -488,7 +490,7 @@ def test_settings_that_do_not_do(run, monkeypatch, tmp_path, checkpoint, script)
         "shards_per_refresh must be between 1 and 1, the number of shards of the dataset, but got 2.",
         shards_per_refresh=2,
     )
-    monkeypatch.setattr(script.PretrainingArguments, "n_gpu", 2)
+    monkeypatch.setattr(script.MargeTrainingArguments, "n_gpu", 2)
     refused(
         "Every GPU needs a process, but this one has 2. Start the script with `accelerate launch --num_processes 2`, "
         "or show it one GPU with CUDA_VISIBLE_DEVICES=0.",

@@ -53,7 +53,7 @@ def run_loop(loop, monkeypatch, tmp_path, checkpoint):
         defaults = {"train_file": file, "model_name_or_path": checkpoint, "output_dir": tmp_path / "loop"}
         defaults |= {"learning_rate": 1e-3, "max_steps": 4, "max_length": 32, "num_targets": 2, "num_evidence": 2}
         defaults |= {"per_device_train_batch_size": 2, "refresh_steps": 2, "warmup_steps": 0, "logging_steps": 1}
-        defaults |= {"language_column": "lang", "use_cpu": True, "disable_tqdm": True}
+        defaults |= {"language_column": "lang", "use_cpu": True, "disable_tqdm": True, "mixed_precision": "no"}
         if held_out:
             file = write_rows(tmp_path / "held_out.jsonl", HELD_OUT)
             defaults |= {"validation_file": file, "eval_steps": 2, "group_column": "related"}
@@ -127,6 +127,7 @@ def test_is_the_trainer(run_loop, monkeypatch, repository, tmp_path, checkpoint)
     forget_accelerator()
     settings |= {"train_file": tmp_path / "train.jsonl", "model_name_or_path": checkpoint, "max_length": 32}
     settings |= {"num_targets": 2, "language_column": "lang", "logging_steps": 1, "per_device_train_batch_size": 4}
+    settings |= {"bf16": False}
     script = import_example(monkeypatch, repository, "run_marge_pretraining")
     expected = run_script(script, monkeypatch, tmp_path, **settings, do_train=True, learning_rate=1e-3)
     for ours, theirs in zip(read_log(folder), history(expected), strict=False):

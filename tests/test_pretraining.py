@@ -1,0 +1,32 @@
+"""What the pre-training scripts share."""
+
+import pytest
+import torch
+
+from .scripts import import_example
+
+
+@pytest.fixture
+def pretraining(monkeypatch, repository):
+    return import_example(monkeypatch, repository, "pretraining")
+
+
+@pytest.mark.parametrize(("name", "is_faster"), [("avx512_bf16", True), ("amx_bf16", True), ("avx2", False)])
+def test_bf16_by_default_where_it_is_faster(pretraining, monkeypatch, tmp_path, name, is_faster):
+    """It can be chosen and refused, and other mixed precision counts, too."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {name: True}, raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True}
+    assert pretraining.PretrainingArguments(**settings).bf16 == is_faster
+    assert pretraining.LoopArguments(**settings).mixed_precision == ("bf16" if is_faster else "no")
+    for chosen in (True, False):
+        assert pretraining.PretrainingArguments(**settings, bf16=chosen).bf16 == chosen
+    assert not pretraining.PretrainingArguments(**settings, fp16=True).bf16
+    assert pretraining.LoopArguments(**settings, mixed_precision="no").mixed_precision == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert pretraining.LoopArguments(**settings).mixed_precision is None
+
+
+def test_an_old_torch_cannot_tell(pretraining, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not pretraining.bf16_is_faster(use_cpu=True)
