@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_from_disk
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from hf_paraphrase_lm import chunk_documents, train_tokenizer
@@ -200,15 +201,19 @@ def take_turns(script: str, cases: list[dict], rounds: int) -> list[dict]:
         For each case its facts with `seconds` (all rounds), `median_seconds` and `peak_mb`.
     """
     children = []
+    bar = tqdm(total=len(cases) * (1 + rounds), desc="warm-ups and rounds", leave=False)
     try:
         for case in cases:
             children.append(Child(script, case))
+            bar.update()
         answers = [[] for _ in cases]
         for number in range(rounds):
             order = range(len(cases)) if number % 2 == 0 else reversed(range(len(cases)))
             for i in order:
                 answers[i].append(children[i].round())
+                bar.update()
     finally:
+        bar.close()
         for child in children:
             child.end()
     results = []
