@@ -43,7 +43,8 @@ class PretrainingArguments(TrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "beta2 of Adam"})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "epsilon of Adam"})
     weight_decay: float = field(default=0.01, metadata={"help": "weight decay"})
-    bf16: bool | None = field(
+    # As `bool | None` it could not be given without a value.
+    bf16: bool = field(
         default=None, metadata={"help": "mixed precision with bfloat16; by default where the machine is faster with it"}
     )
     # The collators read columns that are no arguments of forward.

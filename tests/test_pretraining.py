@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 from .scripts import import_example
 
@@ -19,8 +20,10 @@ def test_bf16_by_default_where_it_is_faster(pretraining, monkeypatch, tmp_path, 
     settings = {"output_dir": str(tmp_path), "use_cpu": True}
     assert pretraining.PretrainingArguments(**settings).bf16 == is_faster
     assert pretraining.LoopArguments(**settings).mixed_precision == ("bf16" if is_faster else "no")
-    for chosen in (True, False):
-        assert pretraining.PretrainingArguments(**settings, bf16=chosen).bf16 == chosen
+    parser = HfArgumentParser(pretraining.PretrainingArguments)
+    for arguments, expected in (([], is_faster), (["--bf16"], True), (["--bf16=False"], False)):
+        (chosen,) = parser.parse_args_into_dataclasses([f"--output_dir={tmp_path}", "--use_cpu", *arguments])
+        assert chosen.bf16 == expected
     assert not pretraining.PretrainingArguments(**settings, fp16=True).bf16
     assert pretraining.LoopArguments(**settings, mixed_precision="no").mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
