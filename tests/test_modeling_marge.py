@@ -457,7 +457,120 @@ def test_training_reads_no_padding_of_evidence(batch, attention):
         torch.testing.assert_close(outputs.loss, expected.loss, rtol=0, atol=1e-5)
         assert_same_gradients(gradients(model, **inputs), expected_gradients)
         assert keys[0] == 3 * input_ids.shape[-1] and keys[-1] == max(1, (input_ids != 1).sum((1, 2)).max())
-        torch.testing.assert_close(outputs.encoder_last_hidden_state, expected.encoder_last_hidden_state)
+        is_token = (input_ids != 1).flatten(1)
+        states = outputs.encoder_last_hidden_state, expected.encoder_last_hidden_state
+        torch.testing.assert_close(*(tensor[is_token] for tensor in states))
+
+
+def batches_to_be_packed():
+    """Batches of two groups for training, by name: documents and targets of all lengths, none among them."""
+    documents, targets = random_ids([7, 9, 4, 5, 3, 8, 16, 2]), random_ids([6, 3, 12, 5], seed=1)
+    visible = torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    shared = {"input_ids": pad(documents, 1).view(2, 4, -1), "labels": pad(targets, -100)}
+    language = F.pad(shared["labels"], (1, 0), value=9)
+    middle = shared["labels"].clone()
+    middle[:, 1] = -100
+    empty = [*documents[:2], [], documents[2], [], [], [], []]
+    return {
+        "shared": shared,
+        "hidden": shared | {"evidence_mask": visible},
+        "own": {"input_ids": shared["input_ids"].repeat_interleave(2, 0), "labels": shared["labels"]},
+        "one group": {"input_ids": shared["input_ids"][:1], "labels": shared["labels"], "evidence_mask": visible},
+        "one document": {"input_ids": shared["input_ids"][:, 0], "labels": shared["labels"]},
+        "empty": {"input_ids": pad(empty, 1).view(2, 4, -1), "labels": pad([targets[0], [], *targets[2:]], -100)},
+        "no target": {"input_ids": shared["input_ids"], "labels": torch.full((4, 5), -100)},
+        "language": shared | {"labels": language},
+        "equal lengths": {
+            "input_ids": pad(random_ids([5] * 8), 1).view(2, 4, -1),
+            "labels": pad(random_ids([7] * 4), 1),
+        },
+        # These are read as they are.
+        "left": shared | {"input_ids": shared["input_ids"].flip(-1)},
+        "middle": shared | {"labels": middle},
+        "decoder mask": shared | {"decoder_attention_mask": (shared["labels"] != -100).long()},
+        "vectors": {
+            "inputs_embeds": torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)),
+            "attention_mask": (shared["input_ids"] != 1).long(),
+            "labels": shared["labels"],
+        },
+    }
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", batches_to_be_packed())
+def test_training_without_padding_equals_that_with_padding(name, attention, monkeypatch):
+    inputs = batches_to_be_packed()[name]
+    losses = {"distillation_loss_weight": 0.5, "contrastive_loss_weight": 0.5}
+    model = make_model(**losses, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    model.set_attn_implementation(attention)
+    lengths_of = modeling_marge.lengths_of
+    monkeypatch.setattr(modeling_marge, "lengths_of", lambda masks: None)
+    expected, expected_gradients = model(**inputs, output_logits=True), gradients(model, **inputs)
+    monkeypatch.setattr(modeling_marge, "lengths_of", lengths_of)
+    outputs = model(**inputs, output_logits=True)
+    for field in ("loss", "distillation_loss", "contrastive_loss"):
+        if expected.get(field) is not None:
+            torch.testing.assert_close(outputs[field], expected[field], rtol=0, atol=1e-5)
+    attention_mask = inputs.get("attention_mask", inputs.get("input_ids") != 1)
+    attention_mask = attention_mask.reshape(len(attention_mask), -1, attention_mask.shape[-1]).bool()
+    is_document = attention_mask.any(-1).repeat_interleave(4 // len(attention_mask), 0)
+    is_target = (inputs["labels"] != -100).any(-1, keepdim=True)
+    for field, places in (
+        ("relevance_scores", is_document & is_target),
+        ("document_embeddings", attention_mask.any(-1)),
+        ("encoder_last_hidden_state", attention_mask.flatten(1)),
+        ("logits", inputs["labels"] != -100),
+    ):
+        assert outputs[field].shape == expected[field].shape
+        torch.testing.assert_close(outputs[field][places], expected[field][places], rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, **inputs), expected_gradients)
+    for reentrant in (False, True):
+        checkpoint_activations(model, use_reentrant=reentrant)
+        if reentrant:
+            model.enable_input_require_grads()
+        assert_same_gradients(gradients(model, **inputs), expected_gradients)
+
+
+def test_layers_in_training_get_tokens_only():
+    """Each once, and all of them without padding; keys of cross-attention are as many as the fullest group has."""
+    inputs = batches_to_be_packed()["shared"]
+    model = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    sizes = {}
+
+    def record(name):
+        return lambda module, args, output: sizes.setdefault(name, []).append(output.shape[:-1].numel())
+
+    for name, module in model.model.named_modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm)):
+            module.register_forward_hook(record(name))
+    model(**inputs)
+    evidence, targets = (inputs["input_ids"] != 1).sum((1, 2)), int((inputs["labels"] != -100).sum())
+    for name, size in sizes.items():
+        if name.startswith("encoder.layers"):
+            reads_targets = int(name.split(".")[2]) < model.config.retrieval_layers
+            assert size == [int(evidence.sum()) + (targets if reads_targets else 0)], name
+        elif name.endswith(("cross_attn.k_proj", "cross_attn.v_proj")):
+            assert size == [2 * int(evidence.max())], name
+        else:
+            assert size == [targets if name.startswith("decoder") else int(evidence.sum())], name
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_training_without_padding_in_bfloat16(attention, monkeypatch):
+    """Other shapes round otherwise: the loss is within 0.01, and gradients point the same way."""
+    inputs = batches_to_be_packed()["hidden"]
+    model = make_model(initializer_range=0.1, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    model.set_attn_implementation(attention)
+    results = []
+    for change in ({}, {"lengths_of": lambda masks: None}):
+        for name, value in change.items():
+            monkeypatch.setattr(modeling_marge, name, value)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**inputs).loss.detach()
+            gradient = torch.cat([gradient.flatten() for gradient in gradients(model, **inputs).values()])
+        results.append((loss, gradient))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0.01)
+    assert F.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.999
 
 
 def test_loss_reaches_both_embeddings_through_relevance_only(batch):
@@ -685,6 +798,20 @@ def test_gradient_checkpointing_halves_memory(batch, attention):
     everything = saved_bytes(model, batch)
     checkpoint_activations(model, use_reentrant=False)
     assert saved_bytes(model, batch) < everything / 4
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_takes_no_memory(attention):
+    """What is kept for the backward pass does not grow with it, beside states of evidence that are returned."""
+    documents, targets = random_ids([16] * 4), random_ids([16] * 4, seed=1)
+    model = make_model(max_position_embeddings=128).train()
+    model.set_attn_implementation(attention)
+    kept = []
+    for length in (16, 128):
+        input_ids = pad([*documents, *random_ids([length], seed=2)], 1).unsqueeze(0)
+        kept.append(saved_bytes(model, {"input_ids": input_ids, "labels": pad(targets, -100, length)}))
+    alone = saved_bytes(model, {"input_ids": input_ids[:, 4:], "labels": pad(targets[:1], -100)})
+    assert kept[1] < kept[0] + 1.1 * alone
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,8 @@ COPY_SCALE = 0.5
 # Tokens whose scores over the vocabulary are held at a time in training (our choice): on a CPU so many as fit into its
 # cache.
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
+# In training, self-attention pads a document to at most its length divided by this (our choice).
+LEAST_FILLED = 0.5
 
 
 @dataclass
@@ -128,6 +130,76 @@ class MargeLMOutput(Seq2SeqLMOutput):
     contrastive_loss: torch.FloatTensor | None = None
 
 
+@dataclass
+class Batches:
+    """Batches of rows for attention, where all else takes the tokens of all rows flat: `(tokens, hidden_size)`.
+
+    A row is a document, or all documents of a group. Flat tokens are in the order of the documents, without padding.
+
+    Args:
+        shapes (`list[tuple[int, int]]`): Rows and length of each batch.
+        places (`torch.LongTensor` of shape `(tokens,)`, *optional*):
+            Where each token stands in the rows of all batches; the other places are padding. If not given: token i at
+            place i, without padding.
+    """
+
+    shapes: list[tuple[int, int]]
+    places: torch.LongTensor | None = None
+
+    @classmethod
+    def of(
+        cls, lengths: list[int], shapes: list[tuple[int, int]], device: torch.device, order: list[int] | None = None
+    ) -> "Batches":
+        """Documents of these lengths, padded on the right, as rows in `order`, by default their own."""
+        counts = torch.tensor(lengths)
+        rows = torch.tensor([length for number, length in shapes for _ in range(number)])
+        starts = torch.empty_like(rows)
+        starts[slice(None) if order is None else order] = rows.cumsum(0) - rows
+        moved = starts - (counts.cumsum(0) - counts)
+        if not moved.any() and counts.sum() == rows.sum():
+            return cls(shapes)
+        return cls(shapes, (torch.arange(int(counts.sum())) + moved.repeat_interleave(counts)).to(device))
+
+    @classmethod
+    def by_length(cls, lengths: list[int], device: torch.device) -> "Batches":
+        """Documents of about one length in one batch, as long as its longest."""
+        order = sorted(range(len(lengths)), key=lambda document: -lengths[document])
+        shapes = []
+        for length in (lengths[document] for document in order):
+            if shapes and length >= LEAST_FILLED * shapes[-1][1]:
+                shapes[-1] = shapes[-1][0] + 1, shapes[-1][1]
+            else:
+                shapes.append((1, length))
+        return cls.of(lengths, shapes, device, order)
+
+    def is_token(self, device: torch.device) -> list[torch.Tensor]:
+        """Of each batch `(rows, length)`, False where padded."""
+        tokens = sum(rows * length for rows, length in self.shapes) if self.places is None else len(self.places)
+        return self.pad(torch.ones(tokens, dtype=torch.bool, device=device))
+
+    def like(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """Of each batch `(rows, length, 1)`, empty, what transformers makes a mask from.
+
+        In the type of the scores: with a mask in float32, attention weights kept for the backward pass are float32.
+        """
+        device = states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+        return [states.new_empty(*shape, 1, dtype=dtype) for shape in self.shapes]
+
+    def pad(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """`(tokens, ...)` -> of each batch `(rows, length, ...)`, 0 where padded."""
+        sizes = [rows * length for rows, length in self.shapes]
+        if self.places is not None:
+            states = states.new_zeros(sum(sizes), *states.shape[1:]).index_copy(0, self.places, states)
+        return [part.unflatten(0, shape) for part, shape in zip(states.split(sizes), self.shapes, strict=True)]
+
+    def flatten(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """The reverse of `pad`."""
+        flat = [batch.flatten(0, 1) for batch in batches]
+        states = torch.cat(flat) if len(flat) > 1 else flat[0]
+        return states if self.places is None else states.index_select(0, self.places)
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -136,13 +208,10 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    position_bias: torch.Tensor | None = None,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(Q K^T * scaling + bias + mask) V, returned as `(batch, queries, heads, head_dim)`, with the weights."""
-    scores = query @ key.transpose(-2, -1) * scaling
-    if position_bias is not None:
-        scores = scores + position_bias
+    """softmax(Q K^T * scaling + mask) V, returned as `(batch, queries, heads, head_dim)`, with the weights."""
+    scores = query * scaling @ key.transpose(-2, -1)
     if attention_mask is not None:
         scores = scores + attention_mask
     weights = nn.functional.softmax(scores, dim=-1)
@@ -187,19 +256,19 @@ class MargeAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (batch, length, hidden), or with `shapes` (tokens, hidden)
-        attention_mask: torch.Tensor | tuple[torch.Tensor | None, ...] | None,  # with `shapes` one of each
+        hidden_states: torch.Tensor,  # (batch, length, hidden), or with `batches` (tokens, hidden)
+        attention_mask: torch.Tensor | list[torch.Tensor | None] | None,  # with `batches` one of each
         past_key_values: Cache | None = None,
         dropout: bool = True,
-        shapes: tuple[tuple[int, int], ...] | None = None,  # (batch, length) of batches whose tokens are flattened
+        batches: Batches | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         states = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         kwargs |= {"scaling": self.scaling, "dropout": self.dropout if dropout and self.training else 0.0}
-        if shapes is not None:
-            batches = zip(*(split_batches(tensor, shapes) for tensor in states), attention_mask, strict=True)
-            outputs = [self.attend(*map(self.split_heads, batch), mask, **kwargs)[0] for *batch, mask in batches]
-            return self.out_proj(torch.cat([output.flatten(0, 1) for output in outputs]).flatten(1)), None
+        if batches is not None:
+            inputs = zip(*map(batches.pad, states), attention_mask, strict=True)
+            outputs = [self.attend(*map(self.split_heads, batch), mask, **kwargs)[0] for *batch, mask in inputs]
+            return self.out_proj(batches.flatten(outputs).flatten(1)), None
 
         query, key, value = map(self.split_heads, states)  # (batch, heads, length, head_dim)
         if past_key_values is not None:
@@ -227,9 +296,8 @@ class MargeCrossAttention(MargeAttention):
     hides it wherever it must not look. No mask and no bias of the size of the scores exists, so that every kernel can
     be used, also those that take neither (FlashAttention) or give no gradient to it (all fused ones); head_dim is
     rounded up to a multiple of 8, as they ask for. One dimension alone would do only where no target shares its
-    evidence. This is the way of every `attn_implementation` but "eager", which adds a bias of the size of the scores:
-    through SDPA on a CPU (4 heads, 2048 queries on 2048 keys, with gradients) 65 MiB and 0.4 s instead of 277 MiB and
-    0.9 s with such a bias.
+    evidence. Through SDPA on a CPU (4 heads, 2048 queries on 2048 keys, with gradients) this takes 65 MiB and 0.4 s
+    instead of 277 MiB and 0.9 s with a bias of the size of the scores.
     """
 
     def __init__(self, config: MargeConfig, layer_idx: int):
@@ -238,21 +306,27 @@ class MargeCrossAttention(MargeAttention):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (targets, target_length, hidden)
+        hidden_states: torch.Tensor,  # (targets, target_length, hidden), or with `batches` (tokens, hidden)
         evidence_states: torch.Tensor,  # (groups, keys, hidden), keys = num_evidence * length or fewer
         relevance_scores: torch.Tensor,  # (targets, num_evidence)
         token_documents: torch.Tensor,  # (groups, keys), each token's document; padding: num_evidence
         evidence_mask: torch.Tensor,  # (targets, num_evidence)
-        target_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,  # (targets, target_length) or (tokens,)
         past_key_values: EncoderDecoderCache | None = None,
+        batches: Batches | None = None,  # one, with the tokens of each group's targets as a row
+        token_targets: torch.Tensor | None = None,  # with `batches` (tokens,), each token's target
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        num_targets, target_length, hidden_size = hidden_states.shape
-        groups, num_evidence = evidence_states.shape[0], relevance_scores.shape[1]
-        eager = self.config._attn_implementation == "eager"
+        groups, (num_targets, num_evidence) = evidence_states.shape[0], relevance_scores.shape
         added = -(-(self.head_dim + num_evidence + 1) // 8) * 8 - self.head_dim
         # Scaled here: the backend then has nothing to multiply, so the additional dimensions stay as they are.
-        query = self.split_heads((self.q_proj(hidden_states) * self.scaling).view(groups, -1, hidden_size))
+        queries = (self.q_proj(hidden_states) * self.scaling).view(-1, hidden_states.shape[-1])  # (tokens, hidden)
+        is_packed = batches is not None
+        if not is_packed:
+            target_length = hidden_states.shape[1]
+            batches = Batches([(groups, num_targets // groups * target_length)])
+            token_targets = torch.arange(num_targets, device=queries.device).repeat_interleave(target_length)
+        query = self.split_heads(*batches.pad(queries))
 
         cache = past_key_values.cross_attention_cache if past_key_values is not None else None
         if cache is not None and past_key_values.is_updated.get(self.layer_idx):
@@ -260,11 +334,10 @@ class MargeCrossAttention(MargeAttention):
         else:
             key = self.split_heads(self.k_proj(evidence_states))  # (groups, heads, keys, head_dim)
             value = self.split_heads(self.v_proj(evidence_states))
-            if not eager:
-                one_hot = torch.eye(num_evidence + 1, added, dtype=key.dtype, device=key.device)[token_documents]
-                key = torch.cat([key, one_hot.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
-                # Fused kernels want one head_dim for queries, keys and values.
-                value = nn.functional.pad(value, (0, added))
+            one_hot = torch.eye(num_evidence + 1, added, dtype=key.dtype, device=key.device)[token_documents]
+            key = torch.cat([key, one_hot.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
+            # Fused kernels want one head_dim for queries, keys and values.
+            value = nn.functional.pad(value, (0, added))
             if cache is not None:
                 key, value = cache.update(key, value, self.layer_idx)
                 past_key_values.is_updated[self.layer_idx] = True
@@ -275,43 +348,50 @@ class MargeCrossAttention(MargeAttention):
         # second, finer part of b is not needed.
         bias = bias - bias.detach().masked_fill(~evidence_mask, torch.finfo(bias.dtype).min).amax(-1, keepdim=True)
         bias = bias.masked_fill(~evidence_mask, HIDDEN_SCORE)
-        bias = nn.functional.pad(bias, (0, added - num_evidence), value=HIDDEN_SCORE).to(query.dtype)
-        bias = bias.repeat_interleave(target_length, dim=0).view(groups, 1, -1, added)
-        if eager:  # (groups, 1, queries, keys)
-            kwargs["position_bias"] = bias.gather(-1, token_documents[:, None, None].expand(-1, -1, bias.shape[2], -1))
-        else:
-            query = torch.cat([query, bias.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        bias = nn.functional.pad(bias, (0, added - num_evidence), value=HIDDEN_SCORE)
+        (bias,) = batches.pad(bias[token_targets].to(query.dtype))  # (groups, queries, added)
+        query = torch.cat([query, bias.unsqueeze(1).expand(-1, self.num_heads, -1, -1)], dim=-1)
 
         dropout = self.dropout if self.training else 0.0
         output, weights = self.attend(query, key, value, None, scaling=1.0, dropout=dropout, **kwargs)
-        output = output[..., : self.head_dim].reshape(num_targets, target_length, hidden_size)
-        if weights is not None:  # (groups, heads, queries, keys) -> (targets, heads, target_length, keys)
+        output = batches.flatten([output[..., : self.head_dim]]).reshape(hidden_states.shape)
+        if is_packed:
+            weights = None
+        elif weights is not None:  # (groups, heads, queries, keys) -> (targets, heads, target_length, keys)
             weights = weights.unflatten(2, (-1, target_length)).transpose(1, 2).flatten(0, 1)
         # A target without any evidence reads nothing (our choice), rather than the mean of what it must not see.
-        output = self.out_proj(output) * evidence_mask.any(-1)[:, None, None]
+        reads = evidence_mask.any(-1)[token_targets].view(*hidden_states.shape[:-1], 1)
+        output = self.out_proj(output) * reads
 
         evidence_logits = None
         if target_mask is not None:
-            is_token = token_documents.unsqueeze(-1) == torch.arange(num_evidence, device=token_documents.device)
+            sizes = num_targets, num_evidence
             evidence_logits = self.mean_scores(
-                query[..., : self.head_dim], key[..., : self.head_dim], target_mask, is_token
+                queries, key[..., : self.head_dim], target_mask.flatten(), token_targets, token_documents, *sizes
             )
         return output, weights, evidence_logits
 
     @torch.no_grad()
     def mean_scores(
-        self, query: torch.Tensor, key: torch.Tensor, target_mask: torch.Tensor, is_token: torch.BoolTensor
+        self,
+        queries: torch.Tensor,  # (tokens, hidden)
+        key: torch.Tensor,  # (groups, heads, keys, head_dim)
+        target_mask: torch.Tensor,  # (tokens,)
+        token_targets: torch.Tensor,  # (tokens,)
+        token_documents: torch.Tensor,  # (groups, keys)
+        num_targets: int,
+        num_evidence: int,
     ) -> torch.Tensor:
         """Mean score of each target for each document over heads and real tokens, `(targets, num_evidence)`.
 
-        A mean of dot products is the dot product of the means, so no score matrix is needed. `is_token (groups, keys,
-        num_evidence)` says of which document each key is a token.
+        A mean of dot products is the dot product of the means, so no score matrix is needed.
         """
-        targets_per_group = target_mask.shape[0] // key.shape[0]
-        query = query.float().unflatten(2, (targets_per_group, -1))  # (groups, heads, targets, length, head_dim)
-        target_mask = target_mask.unflatten(0, (-1, 1, targets_per_group)).unsqueeze(-1)
-        query = (query * target_mask).sum(3) / target_mask.sum(3).clamp(min=1)
-        is_token = is_token.float().transpose(1, 2).unsqueeze(1)  # (groups, 1, num_evidence, keys)
+        queries, target_mask = queries.float(), target_mask.float().unsqueeze(-1)
+        sums = queries.new_zeros(num_targets, queries.shape[-1]).index_add(0, token_targets, queries * target_mask)
+        counts = queries.new_zeros(num_targets, 1).index_add(0, token_targets, target_mask)
+        query = self.split_heads((sums / counts.clamp(min=1)).unflatten(0, (key.shape[0], -1)))
+        is_token = token_documents.unsqueeze(1) == torch.arange(num_evidence, device=key.device).unsqueeze(-1)
+        is_token = is_token.float().unsqueeze(1)  # (groups, 1, num_evidence, keys)
         key = is_token @ key.float() / is_token.sum(-1, keepdim=True).clamp(min=1)
         return (query @ key.transpose(-2, -1)).mean(1).flatten(0, 1)
 
@@ -383,10 +463,17 @@ class MargeDecoderLayer(MargeLayer):
         evidence_mask: torch.Tensor,
         target_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        batches: Batches | None = None,
+        group_batches: Batches | None = None,
+        token_targets: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, _ = self.self_attn(
-            self.self_attn_layer_norm(hidden_states), attention_mask, past_key_values=past_key_values, **kwargs
+            self.self_attn_layer_norm(hidden_states),
+            attention_mask,
+            past_key_values=past_key_values,
+            batches=batches,
+            **kwargs,
         )
         hidden_states = self.add(hidden_states, output)
         evidence_logits = None
@@ -399,6 +486,8 @@ class MargeDecoderLayer(MargeLayer):
                 evidence_mask,
                 target_mask=target_mask,
                 past_key_values=past_key_values,
+                batches=group_batches,
+                token_targets=token_targets,
                 **kwargs,
             )
             hidden_states = self.add(hidden_states, output)
@@ -464,6 +553,11 @@ class MargeStack(MargePreTrainedModel):
         position_ids = torch.arange(length, device=inputs_embeds.device) + start
         return inputs_embeds + self.embed_positions(position_ids)
 
+    def is_recorded(self, **kwargs: Unpack[TransformersKwargs]) -> bool:
+        """Whether hidden states or attentions are asked for, which are of all places, padding included."""
+        names = "output_hidden_states", "output_attentions"
+        return any(kwargs.get(name, getattr(self.config, name)) for name in names)
+
 
 class MargeEncoder(MargeStack):
     """Encodes every evidence document alone, and embeds documents for retrieval."""
@@ -520,35 +614,54 @@ class MargeEncoder(MargeStack):
 
         # Where relevance is trained, its embeddings must be those of the index. So no dropout below them (our choice).
         dropout = num_evidence == 1
-        hidden_states = self.add_positions(inputs_embeds)
-        p = self.config.hidden_dropout_prob
-        hidden_states = nn.functional.dropout(hidden_states, p=p, training=dropout and self.training)
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
-        target_embeddings = shapes = None
-        is_recorded = any(
-            kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}")) for name in self._can_record_outputs
-        )
+        is_recorded = self.is_recorded(**kwargs)
+        states, masks = [self.add_positions(inputs_embeds)], [attention_mask]
         if target_input_ids is not None and not dropout and not is_recorded:
             # Only attention must know which document a token is of. Targets of another length so cost no padding, and
             # whatever the lengths, each layer is called once, as sharded layers have to be by all processes alike.
-            target_states = self.add_positions(self.embed_ids(target_input_ids))
-            mask = mask, create_bidirectional_mask(self.config, target_states, target_attention_mask)
-            shapes = hidden_states.shape[:2], target_states.shape[:2]
-            hidden_states = torch.cat([hidden_states.flatten(0, 1), target_states.flatten(0, 1)])
+            states.append(self.add_positions(self.embed_ids(target_input_ids)))
+            masks.append(target_attention_mask)
+        packs = self.training and attention_mask is not None and not is_recorded
+        lengths = lengths_of(masks) if packs else None
+        padded, batches, mask = self.lay_out(states, masks, lengths)
+        hidden_states = padded.flatten(states)
+        if is_recorded:
+            (hidden_states,), (mask,), batches = states, mask, None
+        p = self.config.hidden_dropout_prob
+        hidden_states = nn.functional.dropout(hidden_states, p=p, training=dropout and self.training)
+        target_embeddings = None
         for number, layer in enumerate(self.layers, start=1):
-            hidden_states = layer(hidden_states, mask, dropout=dropout, shapes=shapes, **kwargs)
+            hidden_states = layer(hidden_states, mask, dropout=dropout, batches=batches, **kwargs)
             if number == self.config.retrieval_layers:
-                if shapes is not None:
-                    hidden_states, target_states = split_batches(hidden_states, shapes)
-                    target_embeddings = first_token_embedding(target_states)
-                    mask, shapes = mask[0], None
-                document_embeddings = first_token_embedding(hidden_states).view(groups, num_evidence, -1)
+                states = padded.pad(hidden_states.flatten(0, -2))
+                document_embeddings = first_token_embedding(states[0]).view(groups, num_evidence, -1)
+                if len(states) == 2:
+                    target_embeddings = first_token_embedding(states[1])
+                    padded, batches, mask = self.lay_out(states[:1], masks[:1], lengths)
+                    hidden_states = padded.flatten(states[:1])
                 dropout = True
+        (hidden_states,) = padded.pad(self.final_layer_norm(hidden_states).flatten(0, -2))
         return MargeEncoderOutput(
-            last_hidden_state=self.final_layer_norm(hidden_states).view(groups, num_evidence * length, -1),
+            last_hidden_state=hidden_states.reshape(groups, num_evidence * length, -1),
             document_embeddings=document_embeddings,
             target_embeddings=target_embeddings,
         )
+
+    def lay_out(
+        self, states: list[torch.Tensor], masks: list[torch.Tensor | None], lengths: list[int] | None
+    ) -> tuple[Batches, Batches, list]:
+        """How tokens stand in `(n, length, hidden)` states, and how in self-attention, with the masks of that.
+
+        With `lengths`, the numbers of tokens of the documents, padding is left out.
+        """
+        shapes, device = [tuple(batch.shape[:2]) for batch in states], states[0].device
+        padded = batches = Batches(shapes)
+        if lengths is not None:
+            lengths = lengths[: sum(number for number, _ in shapes)]
+            padded, batches = Batches.of(lengths, shapes, device), Batches.by_length(lengths, device)
+            masks = batches.is_token(device)
+        inputs = zip(batches.like(states[0]), masks, strict=True)
+        return padded, batches, [create_bidirectional_mask(self.config, *pair) for pair in inputs]
 
 
 class MargeDecoder(MargeStack):
@@ -580,9 +693,13 @@ class MargeDecoder(MargeStack):
         past_key_values: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        output_mask: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MargeDecoderOutput:
-        """Decodes `(targets, target_length)` ids on `(groups, keys, hidden_size)` states of evidence."""
+        """Decodes `(targets, target_length)` ids on `(groups, keys, hidden_size)` states of evidence.
+
+        In training, states may be 0 where `output_mask (targets, target_length)` is False, if that is on the right.
+        """
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
         if use_cache and past_key_values is None:
@@ -592,13 +709,27 @@ class MargeDecoder(MargeStack):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
 
         hidden_states = self.add_positions(inputs_embeds, past_length)
+        packs = self.training and output_mask is not None and past_key_values is None and not self.is_recorded(**kwargs)
+        lengths = lengths_of([output_mask]) if packs else None
+        padded = batches = group_batches = token_targets = None
+        if lengths is None:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
+            )
+        else:
+            device = hidden_states.device
+            padded, batches = Batches.of(lengths, [output_mask.shape], device), Batches.by_length(lengths, device)
+            # It hides padding, too, which stands behind all tokens, so that one mask does for all rows.
+            mask = [create_causal_mask(self.config, like[:1], None, None) for like in batches.like(hidden_states)]
+            group_lengths = torch.tensor(lengths).view(len(evidence_states), -1).sum(1).tolist()
+            group_batches = Batches.of(group_lengths, [(len(group_lengths), max(group_lengths))], device)
+            token_targets = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
+            hidden_states = padded.flatten([hidden_states])
+            target_mask = padded.flatten([target_mask]) if target_mask is not None else None
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout_prob, training=self.training)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values.self_attention_cache if past_key_values is not None else None,
-        )
         all_evidence_logits = []
         for layer in self.layers:
             hidden_states, evidence_logits = layer(
@@ -610,12 +741,18 @@ class MargeDecoder(MargeStack):
                 evidence_mask,
                 target_mask=target_mask,
                 past_key_values=past_key_values,
+                batches=batches,
+                group_batches=group_batches,
+                token_targets=token_targets,
                 **kwargs,
             )
             if evidence_logits is not None:
                 all_evidence_logits.append(evidence_logits)
+        hidden_states = self.final_layer_norm(hidden_states)
+        if padded is not None:
+            (hidden_states,) = padded.pad(hidden_states)
         return MargeDecoderOutput(
-            last_hidden_state=self.final_layer_norm(hidden_states),
+            last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             evidence_logits=torch.stack(all_evidence_logits).mean(0) if all_evidence_logits else None,
         )
@@ -638,10 +775,17 @@ def without_padding(
     return states.take_along_dim(order.unsqueeze(-1), dim=1), token_documents.gather(1, order)
 
 
-def split_batches(states: torch.Tensor, shapes: tuple[tuple[int, int], ...]) -> list[torch.Tensor]:
-    """(tokens, hidden) states -> those of each batch, (n, length, hidden)."""
-    parts = states.split([n * length for n, length in shapes])
-    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+def lengths_of(masks: list[torch.Tensor]) -> list[int] | None:
+    """Tokens of all documents `(n, length)`, 1 where there is padding only; None where padding is not on the right.
+
+    And None in a graph, whose shapes would be data.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    masks = [mask.bool() for mask in masks]
+    is_right = [(mask[:, :-1] >= mask[:, 1:]).all()[None] for mask in masks]
+    *lengths, is_right = torch.cat([*(mask.sum(1) for mask in masks), torch.cat(is_right).all()[None]]).tolist()
+    return [max(length, 1) for length in lengths] if is_right else None
 
 
 def first_token_embedding(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -891,6 +1035,9 @@ class MargeModel(MargePreTrainedModel):
         read_states = evidence_states
         if self.training and not kwargs.get("output_attentions", self.config.output_attentions):
             read_states, token_documents = without_padding(evidence_states, token_documents, attention_mask.flatten(1))
+        output_mask = decoder_attention_mask
+        if target_attention_mask is not None:  # up to the last token of a target
+            output_mask = target_attention_mask.flip(1).cumsum(1).flip(1) > 0 if output_mask is None else None
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -902,6 +1049,7 @@ class MargeModel(MargePreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
+            output_mask=output_mask,
             **kwargs,
         )
         distillation = None
