@@ -1024,6 +1024,9 @@ def test_sequence_classification(batch):
     outputs = model(ids, labels=torch.tensor([0, 2, 1]))
     outputs.loss.backward()
     assert outputs.logits.shape == (3, 3)
+    without_dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    in_training = make_model(MargeForSequenceClassification, num_labels=3, **without_dropout).train()
+    torch.testing.assert_close(in_training(ids).logits, outputs.logits, rtol=0, atol=1e-5)
     alone = torch.stack([reference.classify(model, row[row != 1].tolist()) for row in ids])
     torch.testing.assert_close(outputs.logits, alone, rtol=0, atol=2e-5)
     several = make_model(MargeForSequenceClassification, num_labels=3, problem_type="multi_label_classification")

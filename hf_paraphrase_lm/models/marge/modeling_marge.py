@@ -60,7 +60,7 @@ class MargeEncoderOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(groups, num_evidence * length, hidden_size)`):
-            States of all evidence documents of a group, one document after the other.
+            States of all evidence documents of a group, one document after the other; in training 0 where padded.
         document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`, float32):
             L2-normalised embedding g(z) of each evidence document.
         hidden_states (`tuple[torch.FloatTensor]` of shape `(groups * num_evidence, length, hidden_size)`, *optional*):
@@ -96,11 +96,13 @@ class MargeModelOutput(Seq2SeqModelOutput):
     """Output of [`MargeModel`]: the usual fields of an encoder-decoder, and what retrieval adds.
 
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Decoder states.
+        last_hidden_state (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`):
+            Decoder states; in training 0 behind the last token of a target.
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(groups, num_evidence * length, hidden_size)`):
-            Encoded evidence.
+            Encoded evidence; in training 0 where padded.
         document_embeddings (`torch.FloatTensor` of shape `(groups, num_evidence, hidden_size)`, float32): g(z).
-        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention.
+        relevance_scores (`torch.FloatTensor` of shape `(targets, num_evidence)`, float32): f(x, z) used in attention;
+            those of a document or target of padding only mean nothing.
         distillation_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`distillation_loss`].
         contrastive_loss (`torch.FloatTensor` of shape `()`, nats, *optional*): See [`contrastive_loss`].
     """
@@ -190,7 +192,7 @@ class Batches:
         """`(tokens, ...)` -> of each batch `(rows, length, ...)`, 0 where padded."""
         sizes = [rows * length for rows, length in self.shapes]
         if self.places is not None:
-            states = states.new_zeros(sum(sizes), *states.shape[1:]).index_copy(0, self.places, states)
+            states = states.new_zeros(sum(sizes), *states.shape[1:]).index_copy_(0, self.places, states)
         return [part.unflatten(0, shape) for part, shape in zip(states.split(sizes), self.shapes, strict=True)]
 
     def flatten(self, batches: list[torch.Tensor]) -> torch.Tensor:
@@ -698,7 +700,7 @@ class MargeDecoder(MargeStack):
     ) -> MargeDecoderOutput:
         """Decodes `(targets, target_length)` ids on `(groups, keys, hidden_size)` states of evidence.
 
-        In training, states may be 0 where `output_mask (targets, target_length)` is False, if that is on the right.
+        In training, states are 0 where `output_mask (targets, target_length)` is False, if that is on the right only.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_ids(input_ids)
@@ -999,7 +1001,8 @@ class MargeModel(MargePreTrainedModel):
         evidence_states, document_embeddings = encoder_outputs[0], encoder_outputs.get("document_embeddings")
 
         groups = evidence_states.shape[0]
-        targets = (decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds).shape[0]
+        decoder_shape = (decoder_input_ids if decoder_input_ids is not None else decoder_inputs_embeds).shape[:2]
+        targets = decoder_shape[0]
         given = next((x for x in (document_embeddings, relevance_scores, evidence_mask) if x is not None), None)
         num_evidence = 1 if given is None else given.shape[1]
         for name, tensor in (("relevance_scores", relevance_scores), ("evidence_mask", evidence_mask)):
@@ -1036,8 +1039,10 @@ class MargeModel(MargePreTrainedModel):
         if self.training and not kwargs.get("output_attentions", self.config.output_attentions):
             read_states, token_documents = without_padding(evidence_states, token_documents, attention_mask.flatten(1))
         output_mask = decoder_attention_mask
-        if target_attention_mask is not None:  # up to the last token of a target
-            output_mask = target_attention_mask.flip(1).cumsum(1).flip(1) > 0 if output_mask is None else None
+        if target_attention_mask is not None:
+            # Up to the last token of a target. What else is hidden from what, only the whole mask can say.
+            is_target = decoder_attention_mask is None and target_attention_mask.shape == decoder_shape
+            output_mask = target_attention_mask.flip(1).cumsum(1).flip(1) > 0 if is_target else None
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
