@@ -26,6 +26,8 @@ from transformers.trainer_pt_utils import get_parameter_names
 from hf_paraphrase_lm import __version__, train_tokenizer
 from runs import DataArguments, ModelArguments, full_disk_explained, override
 
+logger = logging.getLogger(__name__)
+
 
 def bf16_is_faster(use_cpu: bool = False) -> bool:
     """Whether this machine has instructions for products in bfloat16, which then are faster than those in float32."""
@@ -34,6 +36,15 @@ def bf16_is_faster(use_cpu: bool = False) -> bool:
     # Asked rather than measured, so that all processes of a run get the same answer. Old PyTorch cannot tell.
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def warn_of_slow_bf16(use_cpu: bool):
+    """Where bfloat16 was asked for on a CPU that has no instructions for it."""
+    if (use_cpu or not torch.cuda.is_available()) and not bf16_is_faster(use_cpu):
+        logger.warning(
+            "bfloat16 was asked for, but this CPU has no instructions for it, without which products can take 50 times "
+            "as long as in float32. Leave it out: these scripts compute in bfloat16 by themselves where it is faster."
+        )
 
 
 @dataclass
@@ -53,6 +64,8 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_faster(self.use_cpu)
+        elif self.bf16:
+            warn_of_slow_bf16(self.use_cpu)
         super().__post_init__()
 
 
@@ -156,6 +169,8 @@ class LoopArguments:
     def __post_init__(self):
         if self.mixed_precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
             self.mixed_precision = "bf16" if bf16_is_faster(self.use_cpu) else "no"
+        elif self.mixed_precision == "bf16":
+            warn_of_slow_bf16(self.use_cpu)
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "logging_steps")
         for name in sizes:
             if getattr(self, name) < 1:

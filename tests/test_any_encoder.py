@@ -109,7 +109,7 @@ def test_the_losses_are_those_of_the_encoders(family):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["cocolm", *FAMILIES])
-def test_crops_as_wide_as_the_texts_take_no_pass_of_their_own(family, attention):
+def test_crops_take_no_pass_of_their_own_where_it_costs_no_padding(family, attention):
     if family == "cocolm":
         model = CocoLMForPretraining(tiny_config())
     else:
@@ -125,7 +125,7 @@ def test_crops_as_wide_as_the_texts_take_no_pass_of_their_own(family, attention)
         "span_attention_mask": F.pad(batch["span_attention_mask"], (0, width)),
     }
     expected = reference.pretraining_losses(model, batch)
-    for spans, count in ((wider, 1), ({}, 2)):
+    for spans, count in ((wider, 1), ({}, 1 if family == "cocolm" else 2)):
         passes.clear()
         output = model(**batch | spans)
         assert len(passes) == count

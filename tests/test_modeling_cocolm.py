@@ -357,7 +357,8 @@ def test_heads_read_what_they_should():
     assert output.contrastive_embeddings.shape == output.span_embeddings.shape == (4, 10)
     assert output.auxiliary_logits.shape == output.corrective_lm_logits.shape == (9, VOCAB_SIZE)
     detected = model(batch["corrupted_input_ids"], batch["attention_mask"])
-    torch.testing.assert_close(detected.copy_logits, output.copy_logits)
+    is_token = batch["attention_mask"].bool()
+    torch.testing.assert_close(detected.copy_logits[is_token], output.copy_logits[is_token])
     assert detected.loss is None
 
 
@@ -522,6 +523,52 @@ def test_padding_changes_nothing(case, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("settings", [{}, {"rel_pos_bins": 0}])
+@pytest.mark.parametrize("lengths", [(12, 9, 12, 5), (5, 5, 12, 12), (3, 7, 12)])
+def test_layers_compute_nothing_for_padding(lengths, settings, attention, monkeypatch):
+    """And give what they give if they do."""
+    model = CocoLMForPretraining(without_dropout(**settings))
+    model.set_attn_implementation(attention)
+    batch = pretraining_batch(lengths)
+    # A text and its crop that are only padding.
+    batch["attention_mask"][-1] = batch["span_attention_mask"][-1] = 0
+    batch["labels"][-1] = -100
+    shapes = []
+    for layer in (model.cocolm.encoder.layer[1], model.auxiliary.encoder.layer[0]):
+        layer.attention.self_attn.in_proj.register_forward_hook(lambda _, inputs, __: shapes.append(inputs[0].shape))
+    output = model(**batch)
+    num_texts, num_crops = (int(batch[name].sum()) + 1 for name in ("attention_mask", "span_attention_mask"))
+    assert [tuple(shape[:-1]) for shape in shapes] == [(num_texts,), (num_texts + num_crops,)]
+    monkeypatch.setattr(CocoLMModel, "leaves_out_padding", lambda *_, **__: False)
+    plain = model(**batch)
+    assert len(shapes[-1]) == 3
+    for name in ("loss", *LOSSES):
+        torch.testing.assert_close(output[name], plain[name], rtol=1e-5, atol=1e-5)
+    is_token = batch["attention_mask"].bool()
+    torch.testing.assert_close(output.copy_logits[is_token], plain.copy_logits[is_token], rtol=1e-5, atol=1e-5)
+    expected = gradients(model, plain.loss)
+    for name, gradient in gradients(model, output.loss).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_may_be_anywhere(attention):
+    model = CocoLMModel(without_dropout())
+    model.set_attn_implementation(attention)
+    input_ids, attention_mask = texts()
+    attention_mask[0, :3] = attention_mask[2, 4] = 0
+    states = model(input_ids, attention_mask).last_hidden_state
+    for row in range(len(input_ids)):
+        # On its own, behind one without padding, so that it is laid out as it is.
+        pair = torch.stack([attention_mask[row], torch.ones_like(attention_mask[row])])
+        alone = model(input_ids[[row, row]], pair).last_hidden_state[0]
+        is_token = attention_mask[row].bool()
+        torch.testing.assert_close(states[row][is_token], alone[is_token], rtol=1e-5, atol=1e-5)
+    recorded = model(input_ids, attention_mask, output_hidden_states=True).last_hidden_state
+    torch.testing.assert_close(states, recorded)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_a_row_of_padding_changes_nothing(attention):
     model = CocoLMForPretraining(without_dropout())
     model.set_attn_implementation(attention)
@@ -630,12 +677,10 @@ def test_no_relative_bias():
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_attention_bias_is_made_once_and_without_padding_for_all_rows(attention, monkeypatch):
-    """Every layer reads one tensor; only padding takes one with a row for each text."""
+    """Every layer reads one tensor, which has a row for each text only where texts of like length are padded."""
     model = CocoLMModel(without_dropout(num_hidden_layers=3))
     model.set_attn_implementation(attention)
-    made, read = [], []
-    attention_bias = model.attention_bias
-    monkeypatch.setattr(model, "attention_bias", lambda *inputs: made.append(attention_bias(*inputs)) or made[-1])
+    read = []
     kernel = modeling_cocolm.eager_attention_forward if attention == "eager" else F.scaled_dot_product_attention
     owner = modeling_cocolm if attention == "eager" else F
     name = {"eager": "position_bias", "sdpa": "attn_mask"}[attention]
@@ -648,10 +693,12 @@ def test_attention_bias_is_made_once_and_without_padding_for_all_rows(attention,
     input_ids, attention_mask = texts((12, 12, 12, 12))
     states = model(input_ids).last_hidden_state
     assert torch.equal(model(input_ids, attention_mask).last_hidden_state, states)
-    model(*texts((12, 9, 12, 5)))
-    assert [tuple(bias.shape) for bias in made] == [(1, 2, 12, 12), (1, 2, 12, 12), (4, 2, 12, 12)]
-    assert all(bias.is_contiguous() for bias in made)
-    assert [bias.data_ptr() for bias in read] == [bias.data_ptr() for bias in made for _ in range(3)]
+    assert [tuple(bias.shape) for bias in read] == [(1, 2, 12, 12)] * 6
+    read.clear()
+    model(*texts((12, 9, 12, 5, 5)))
+    assert [tuple(bias.shape) for bias in read] == [(3, 2, 12, 12), (1, 2, 5, 5)] * 3
+    assert all(bias.is_contiguous() for bias in read)
+    assert [bias.data_ptr() for bias in read] == [bias.data_ptr() for bias in read[:2]] * 3
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -665,8 +712,9 @@ def test_attentions_and_hidden_states(attention):
     for weights in output.attentions:
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(4, 2, 12))
         assert (weights * (attention_mask == 0)[:, None, None, :]).abs().max() == 0
-    torch.testing.assert_close(model(input_ids, attention_mask).logits, output.logits)
-    assert output.hidden_states[0][attention_mask == 0].abs().max() == 0
+    is_token = attention_mask.bool()
+    torch.testing.assert_close(model(input_ids, attention_mask).logits[is_token], output.logits[is_token])
+    assert output.hidden_states[0][~is_token].abs().max() == 0
 
 
 @pytest.mark.parametrize("case", range(6))

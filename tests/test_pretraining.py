@@ -1,5 +1,7 @@
 """What the pre-training scripts share."""
 
+import logging
+
 import pytest
 import torch
 from transformers import HfArgumentParser
@@ -28,6 +30,24 @@ def test_bf16_by_default_where_it_is_faster(pretraining, monkeypatch, tmp_path, 
     assert pretraining.LoopArguments(**settings, mixed_precision="no").mixed_precision == "no"
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert pretraining.LoopArguments(**settings).mixed_precision is None
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_bf16_that_is_slow_is_told(pretraining, monkeypatch, tmp_path, caplog, is_faster):
+    monkeypatch.setattr(pretraining, "bf16_is_faster", lambda use_cpu: is_faster)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    settings = {"output_dir": str(tmp_path), "use_cpu": True}
+    with caplog.at_level(logging.WARNING, pretraining.logger.name):
+        pretraining.PretrainingArguments(**settings)
+        pretraining.LoopArguments(**settings)
+        assert not caplog.records
+        pretraining.PretrainingArguments(**settings, bf16=True)
+        pretraining.LoopArguments(**settings, mixed_precision="bf16")
+    sentence = (
+        "bfloat16 was asked for, but this CPU has no instructions for it, without which products can take 50 times as "
+        "long as in float32. Leave it out: these scripts compute in bfloat16 by themselves where it is faster."
+    )
+    assert [record.getMessage() for record in caplog.records] == [] if is_faster else [sentence] * 2
 
 
 def test_an_old_torch_cannot_tell(pretraining, monkeypatch):

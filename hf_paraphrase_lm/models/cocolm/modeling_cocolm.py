@@ -42,6 +42,8 @@ from .configuration_cocolm import CocoLMConfig
 
 # Tokens whose logits are held at a time (our choice): on a CPU as many as fit into its cache.
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
+# Attention pads a text to at most its length divided by this (our choice).
+LEAST_FILLED = 0.5
 
 logger = logging.get_logger(__name__)
 
@@ -276,6 +278,97 @@ def _draw(logits: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
+@dataclass
+class Batches:
+    """Texts of like length in batches for attention, where all else takes the tokens of all texts: `(tokens, size)`.
+
+    Args:
+        tokens: Where each token stands in the padded texts, all one after the other, `(tokens,)`, int64. Longer texts
+            come first.
+        shapes: Rows and length of each batch.
+        is_token: Of each batch `(rows, length)`, bool; `None` for one without padding.
+        places: Where each token stands in the rows of all batches, `(tokens,)`, int64; the other places are padding.
+            `None` if there is none.
+    """
+
+    tokens: torch.Tensor
+    shapes: list[tuple[int, int]]
+    is_token: list[torch.Tensor | None]
+    places: torch.Tensor | None
+
+    @classmethod
+    def of(cls, attention_mask: torch.Tensor) -> "Batches | None":
+        """Those of texts padded on the right, `(texts, length)`; `None` without padding, or if it is elsewhere.
+
+        A text of padding only keeps its first place.
+        """
+        is_token = attention_mask.bool()
+        is_right = (is_token[:, :-1] >= is_token[:, 1:]).all()[None]
+        *lengths, is_right = torch.cat([is_token.sum(1).clamp(min=1), is_right]).tolist()
+        width = is_token.shape[1]
+        if not is_right or sum(lengths) == len(lengths) * width:
+            return None
+        order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
+        shapes = []
+        for length in (lengths[text] for text in order):
+            if shapes and length >= LEAST_FILLED * shapes[-1][1]:
+                shapes[-1] = shapes[-1][0] + 1, shapes[-1][1]
+            else:
+                shapes.append((1, length))
+        counts, row_lengths = torch.tensor(lengths)[order], torch.tensor([n for rows, n in shapes for _ in range(rows)])
+        in_text = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        tokens = in_text + (width * torch.tensor(order)).repeat_interleave(counts)
+        places = in_text + (row_lengths.cumsum(0) - row_lengths).repeat_interleave(counts)
+        parts = zip(counts.split([rows for rows, _ in shapes]), shapes, strict=True)
+        is_token = [
+            (torch.arange(length) < part[:, None]).to(attention_mask.device) if part.min() < length else None
+            for part, (_, length) in parts
+        ]
+        places = None if len(places) == row_lengths.sum() else places.to(attention_mask.device)
+        return cls(tokens.to(attention_mask.device), shapes, is_token, places)
+
+    def take(self, padded: torch.Tensor) -> torch.Tensor:
+        """`(texts, length, size)` -> `(tokens, size)`."""
+        return padded.flatten(0, 1).index_select(0, self.tokens)
+
+    def put(self, states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """The reverse of `take`, to `(texts, length)`; 0 where padded."""
+        padded = states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, self.tokens, states)
+        return padded.unflatten(0, shape)
+
+    def split(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """`(tokens, size)` -> of each batch `(rows, length, size)`, 0 where padded."""
+        sizes = [rows * length for rows, length in self.shapes]
+        if self.places is not None:
+            states = states.new_zeros(sum(sizes), states.shape[-1]).index_copy_(0, self.places, states)
+        return [part.unflatten(0, shape) for part, shape in zip(states.split(sizes), self.shapes, strict=True)]
+
+    def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
+        """The reverse of `split`."""
+        states = torch.cat([batch.flatten(0, 1) for batch in batches])
+        return states if self.places is None else states.index_select(0, self.places)
+
+    def bias(self, position_bias: torch.Tensor) -> torch.Tensor:
+        """The bias of each batch, that of padding included, from the one for its longest text, all flat.
+
+        One flat tensor, because reentrant gradient checkpointing passes no gradient to the tensors of a list.
+        """
+        biases = []
+        for (_, length), is_token in zip(self.shapes, self.is_token, strict=True):
+            bias = position_bias[..., :length, :length]
+            bias = bias if is_token is None else torch.where(is_token[:, None, None, :], bias, PADDING_SCORE)
+            biases.append(bias.flatten())
+        return torch.cat(biases)
+
+    def split_bias(self, bias: torch.Tensor) -> list[torch.Tensor]:
+        """What `bias` gives -> of each batch `(rows or 1, heads, length, length)`."""
+        kinds = zip(self.shapes, self.is_token, strict=True)
+        sizes = [(1 if is_token is None else rows) * length**2 for (rows, length), is_token in kinds]
+        heads = len(bias) // sum(sizes)
+        parts = zip(bias.split([heads * size for size in sizes]), self.shapes, strict=True)
+        return [part.view(-1, heads, length, length) for part, (_, length) in parts]
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -288,10 +381,11 @@ def eager_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""softmax(scaling * Q K^T + mask + bias) V; query, key and value are `(batch, heads, length, head size)`."""
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query * scaling @ key.transpose(2, 3)
     for bias in (attention_mask, position_bias):
         scores = scores if bias is None else scores + bias
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # Computed in float32 whatever the type of the scores.
+    weights = F.softmax(scores, dim=-1).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
@@ -309,10 +403,26 @@ class CocoLMSelfAttention(nn.Module):
         self.in_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs):
-        batch_size, length, hidden_size = hidden_states.shape
-        projected = self.in_proj(hidden_states).view(batch_size, length, 3, -1, self.head_dim)
-        query, key, value = projected.permute(2, 0, 3, 1, 4)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_bias: torch.Tensor | None,
+        batches: Batches | None = None,
+        **kwargs,
+    ):
+        projected = self.in_proj(hidden_states)
+        if batches is None:
+            output, weights = self.attend(projected, attention_bias, **kwargs)
+        else:
+            biases = batches.split_bias(attention_bias)
+            parts = zip(batches.split(projected), biases, strict=True)
+            output, weights = batches.join([self.attend(*part, **kwargs)[0] for part in parts]), None
+        return self.out_proj(output), weights
+
+    def attend(self, projected: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs):
+        """Attention on `(batch, length, 3 * hidden_size)`; its output `(batch, length, hidden_size)`, and weights."""
+        batch_size, length, _ = projected.shape
+        query, key, value = projected.view(batch_size, length, 3, -1, self.head_dim).permute(2, 0, 3, 1, 4)
         # The other implementations return no weights, so a call that asks for them gets the eager one.
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -328,7 +438,7 @@ class CocoLMSelfAttention(nn.Module):
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
             **kwargs,
         )
-        return self.out_proj(output.reshape(batch_size, length, hidden_size)), weights
+        return output.flatten(2), weights
 
 
 class CocoLMAttention(nn.Module):
@@ -632,8 +742,28 @@ class CocoLMModel(CocoLMPreTrainedModel):
                 of sequences, is given twice or not at all, or does not fit `attention_mask`.
         """
         hidden_states = self.embeddings(input_ids, inputs_embeds, attention_mask)
-        attention_bias = self.attention_bias(hidden_states, attention_mask)
-        return BaseModelOutput(last_hidden_state=self.encoder(hidden_states, attention_bias, **kwargs))
+        batches = None
+        if attention_mask is not None and self.leaves_out_padding(**kwargs):
+            batches = Batches.of(attention_mask)
+        if batches is None:
+            attention_bias = self.attention_bias(hidden_states, attention_mask)
+            return BaseModelOutput(last_hidden_state=self.encoder(hidden_states, attention_bias, **kwargs))
+        attention_bias = self.attention_bias(hidden_states[:, : batches.shapes[0][1]], None)
+        if attention_bias is None:
+            attention_bias = hidden_states.new_zeros(1, 1, *2 * batches.shapes[0][1:])
+        attention_bias = batches.bias(attention_bias)
+        states = self.encoder(batches.take(hidden_states), attention_bias, batches=batches, **kwargs)
+        return BaseModelOutput(last_hidden_state=batches.put(states, hidden_states.shape[:2]))
+
+    def leaves_out_padding(self, **kwargs: Unpack[TransformersKwargs]) -> bool:
+        """Whether layers compute nothing for padding on the right.
+
+        They do where states or attentions of every place are asked for, where shapes must not depend on what a mask
+        contains, and for FlexAttention, which compiles a kernel for every shape.
+        """
+        names = "output_hidden_states", "output_attentions"
+        is_recorded = any(kwargs.get(name, getattr(self.config, name)) for name in names)
+        return not (is_recorded or is_tracing() or self.config._attn_implementation == "flex_attention")
 
     @torch.no_grad()
     def attend_to_neighbors(self, strength: float = 4.0):
@@ -678,9 +808,12 @@ class CocoLMModel(CocoLMPreTrainedModel):
             attention_mask: `(batch, length)` or `None`.
 
         Returns:
-            `(batch or 1, heads or 1, length, length)`, float; `None` if there is nothing to add.
+            `(batch or 1, heads or 1, length, length)`, float in the type of the scores; `None` if there is nothing to
+            add.
         """
         batch_size, length, _ = hidden_states.shape
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
         bias = None
         if self.config.rel_pos_bins:
             buckets = self.position_buckets(torch.arange(1 - length, length, device=hidden_states.device))
@@ -688,10 +821,10 @@ class CocoLMModel(CocoLMPreTrainedModel):
             # (query, key), from a row of distances
             buckets = buckets[position[None, :] - position[:, None] + length - 1]
             # Contiguous here, or scaled_dot_product_attention would copy it in every layer.
-            bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None].to(hidden_states.dtype).contiguous()
+            bias = self.relative_attention_bias(buckets).permute(2, 0, 1)[None].to(dtype).contiguous()
         # Without padding one bias serves all rows; but a traced graph cannot depend on what a mask contains.
         if attention_mask is not None and (is_tracing(attention_mask) or not attention_mask.all()):
-            bias = hidden_states.new_zeros(1, 1, length, length) if bias is None else bias
+            bias = hidden_states.new_zeros(1, 1, length, length, dtype=dtype) if bias is None else bias
             bias = torch.where(attention_mask[:, None, None, :].bool(), bias, PADDING_SCORE)
         if bias is not None and self.config._attn_implementation == "flex_attention":
             # FlexAttention reads the bias by index and does not broadcast.
@@ -998,10 +1131,10 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             labels: `(batch, length)`, int64: the whole original text, -100 on padding. Masked positions are those where
                 it differs from `input_ids`. Without it no loss is computed, nothing is sampled, and the main network
                 reads `input_ids` (or `corrupted_input_ids`) as it is, to tell which tokens look replaced.
-            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. Where
-                span_length is length, as the collator's `pad_to_multiple_of` can make it, the main network encodes both
-                in one pass. Without it the contrastive head gets no gradient, for which `DistributedDataParallel` waits
-                unless `contrastive_loss_weight` is 0.
+            span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. A COCO-LM
+                encoder encodes both in one pass, another one only where span_length is length, as the collator's
+                `pad_to_multiple_of` can make it. Without it the contrastive head gets no gradient, for which
+                `DistributedDataParallel` waits unless `contrastive_loss_weight` is 0.
             span_attention_mask: `(batch, span_length)`, like `attention_mask`.
             corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
             output_logits: Whether to return the language model logits and the contrasted embeddings.
@@ -1178,18 +1311,22 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
 
     def _encode_views(self, input_ids, attention_mask, span_input_ids, span_attention_mask, **kwargs):
         """The main network's output for the texts, and its last states for the crops or `None` without crops."""
-        # Padding shorter crops to the width of the texts would cost more than a second pass.
-        if span_input_ids is None or span_input_ids.shape != input_ids.shape:
+        if span_input_ids is None:
+            return self._encode(input_ids, attention_mask, **kwargs), None
+        length, span_length = input_ids.shape[1], span_input_ids.shape[1]
+        # An encoder that computes on padding takes longer for one pass than for two.
+        is_ours = isinstance(self.cocolm, CocoLMModel)
+        if length != span_length and not (is_ours and self.cocolm.leaves_out_padding(**kwargs)):
             output = self._encode(input_ids, attention_mask, **kwargs)
-            if span_input_ids is None:
-                return output, None
             return output, self._encode(span_input_ids, span_attention_mask).last_hidden_state
-        both = torch.cat([input_ids, span_input_ids]), torch.cat([attention_mask, span_attention_mask])
+        views = (input_ids, span_input_ids), (attention_mask, span_attention_mask)
+        width = max(length, span_length)
+        both = (torch.cat([F.pad(view, (0, width - view.shape[1])) for view in pair]) for pair in views)
         output = self._encode(*both, **kwargs)
         text_states, span_states = output.last_hidden_state.chunk(2)
         recorded = output.hidden_states, output.attentions
         of_texts = (layers and tuple(states.chunk(2)[0] for states in layers) for layers in recorded)
-        return BaseModelOutput(text_states, *of_texts), span_states
+        return BaseModelOutput(text_states[:, :length], *of_texts), span_states
 
     def _auxiliary_states(self, input_ids, attention_mask, is_masked) -> torch.Tensor:
         """The auxiliary network's last states at the masked positions, `(masked, hidden_size)`."""
