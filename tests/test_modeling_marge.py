@@ -573,6 +573,24 @@ def test_training_without_padding_in_bfloat16(attention, monkeypatch):
     assert F.cosine_similarity(results[0][1], results[1][1], dim=0) > 0.999
 
 
+def test_projections_share_one_copy_in_the_type_of_autocast(batch):
+    """Those of a layer one of its states, and the keys and values of all layers one of the evidence."""
+    model, read = make_model().train(), {}
+    for name, module in model.model.named_modules():
+        if name.endswith(("q_proj", "k_proj", "v_proj")):
+            place = "evidence" if ".cross_attn." in name else name.rpartition(".")[0]
+            if name.endswith("cross_attn.q_proj"):
+                continue
+            inputs = read.setdefault(place, [])
+            module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch)
+    assert len(read["evidence"]) == 4 and all(len(inputs) == 3 for place, inputs in read.items() if place != "evidence")
+    for inputs in read.values():
+        assert {tensor.dtype for tensor in inputs} == {torch.bfloat16}
+        assert len({tensor.data_ptr() for tensor in inputs}) == 1
+
+
 def test_loss_reaches_both_embeddings_through_relevance_only(batch):
     model = make_model()
     kept = []

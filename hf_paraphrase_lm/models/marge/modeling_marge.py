@@ -184,9 +184,7 @@ class Batches:
 
         In the type of the scores: with a mask in float32, attention weights kept for the backward pass are float32.
         """
-        device = states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-        return [states.new_empty(*shape, 1, dtype=dtype) for shape in self.shapes]
+        return [states.new_empty(*shape, 1, dtype=product_dtype(states)) for shape in self.shapes]
 
     def pad(self, states: torch.Tensor) -> list[torch.Tensor]:
         """`(tokens, ...)` -> of each batch `(rows, length, ...)`, 0 where padded."""
@@ -200,6 +198,12 @@ class Batches:
         flat = [batch.flatten(0, 1) for batch in batches]
         states = torch.cat(flat) if len(flat) > 1 else flat[0]
         return states if self.places is None else states.index_select(0, self.places)
+
+
+def product_dtype(states: torch.Tensor) -> torch.dtype:
+    """The type of a matrix product with `states`: that of autocast, or their own."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def eager_attention_forward(
@@ -265,6 +269,8 @@ class MargeAttention(nn.Module):
         batches: Batches | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Autocast would make a copy for each product, and keep it for the backward pass.
+        hidden_states = hidden_states.to(product_dtype(hidden_states))
         states = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         kwargs |= {"scaling": self.scaling, "dropout": self.dropout if dropout and self.training else 0.0}
         if batches is not None:
@@ -732,6 +738,8 @@ class MargeDecoder(MargeStack):
             hidden_states = padded.flatten([hidden_states])
             target_mask = padded.flatten([target_mask]) if target_mask is not None else None
         hidden_states = nn.functional.dropout(hidden_states, p=self.config.hidden_dropout_prob, training=self.training)
+        # One copy for the keys and values of all layers.
+        evidence_states = evidence_states.to(product_dtype(evidence_states))
         all_evidence_logits = []
         for layer in self.layers:
             hidden_states, evidence_logits = layer(
