@@ -40,7 +40,7 @@ def bf16_is_faster(use_cpu: bool = False) -> bool:
 
 def warn_of_slow_bf16(use_cpu: bool):
     """Where bfloat16 was asked for on a CPU that has no instructions for it."""
-    if (use_cpu or not torch.cuda.is_available()) and not bf16_is_faster(use_cpu):
+    if (use_cpu or not torch.accelerator.is_available()) and not bf16_is_faster(use_cpu):
         logger.warning(
             "bfloat16 was asked for, but this CPU has no instructions for it, without which products can take 50 times "
             "as long as in float32. Leave it out: these scripts compute in bfloat16 by themselves where it is faster."

@@ -47,7 +47,7 @@ def test_bf16_that_is_slow_is_told(pretraining, monkeypatch, tmp_path, caplog, i
         "bfloat16 was asked for, but this CPU has no instructions for it, without which products can take 50 times as "
         "long as in float32. Leave it out: these scripts compute in bfloat16 by themselves where it is faster."
     )
-    assert [record.getMessage() for record in caplog.records] == [] if is_faster else [sentence] * 2
+    assert [record.getMessage() for record in caplog.records] == ([] if is_faster else [sentence] * 2)
 
 
 def test_an_old_torch_cannot_tell(pretraining, monkeypatch):

@@ -5,13 +5,14 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..retrieval import EvidenceDataset, embed_documents
 from .collapse import evidence_use
-from .metrics import evidence_losses, recall_at_k
+from .metrics import evidence_losses, recall_at_k, recall_queries
 
 logger = logging.get_logger(__name__)
 
@@ -198,15 +199,17 @@ class LogEvidenceCallback(TrainerCallback):
                 f"the similarity f of two documents varies by {spread[-1]:.2g} only (its standard deviation, at first "
                 f"{spread[0]:.2g}), so it does not tell which document is relevant"
             )
-        for recall, place in zip(recalls, ("", " in another language"), strict=True):
-            if recall and self.known_groups is not None:
-                queries = np.count_nonzero(np.asarray(self.known_groups) != -1)
-                noise = 4 * math.sqrt(max(recall) * (1 - max(recall)) / queries)
-                if recall[-1] < min(LEAST_RECALL * max(recall), max(recall) - noise):
-                    findings["recall"] = (
-                        f"the nearest other document{place} is a known paraphrase of {recall[-1]:.1%} of the "
-                        f"documents, where it was of {max(recall):.1%} before, so retrieval unlearns what it had"
-                    )
+        kinds = (None, ""), (self._languages, " in another language")
+        for recall, (languages, where) in zip(recalls, kinds, strict=True):
+            if not recall or self.known_groups is None:
+                continue
+            queries, _ = recall_queries(torch.as_tensor(self.known_groups), languages)
+            noise = 4 * math.sqrt(max(recall) * (1 - max(recall)) / len(queries))
+            if recall[-1] < min(LEAST_RECALL * max(recall), max(recall) - noise):
+                findings[f"recall{where}"] = (
+                    f"the nearest other document{where} is a known paraphrase of {recall[-1]:.1%} of the documents, "
+                    f"where it was of {max(recall):.1%} before, so retrieval unlearns what it had"
+                )
         return findings
 
     def _measure(self, model, processing_class) -> dict[str, float]:

@@ -49,14 +49,7 @@ def recall_at_k(
         raise ValueError(f"k must be between 1 and {len(groups) - 1}, the number of other documents, but got {k}.")
     if not embeddings.isfinite().all():
         raise ValueError("embeddings must be finite, but have NaN or infinite values.")
-    # Without languages, every document is of another one.
-    numbers: dict = {"": -1, None: -1}
-    names = range(len(groups)) if languages is None else languages
-    kinds = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], device=groups.device)
-    is_known = (groups != -1) & (kinds != -1)
-    found_in, _ = torch.stack([groups, kinds])[:, is_known].unique(dim=1)
-    several, count = found_in.unique(return_counts=True)
-    queries = (is_known & torch.isin(groups, several[count > 1])).nonzero()[:, 0]
+    queries, kinds = recall_queries(groups, languages)
     if len(queries) == 0:
         raise ValueError(
             f"groups must hold two documents of one group{' in two languages' if languages is not None else ''} at "
@@ -70,6 +63,24 @@ def recall_at_k(
         is_paraphrase = (groups[nearest] == groups[block, None]) & (best > -torch.inf)
         found += int(is_paraphrase.any(dim=1).sum())
     return found / len(queries)
+
+
+def recall_queries(
+    groups: torch.Tensor, languages: Sequence[str | None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The documents that [`recall_at_k`] asks for, and the number of each document's language, -1 if not known.
+
+    Returns:
+        int64 `(queries,)` and `(n,)`.
+    """
+    # Without languages, every document is of another one.
+    numbers: dict = {"": -1, None: -1}
+    names = range(len(groups)) if languages is None else languages
+    kinds = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names], device=groups.device)
+    is_known = (groups != -1) & (kinds != -1)
+    found_in, _ = torch.stack([groups, kinds])[:, is_known].unique(dim=1)
+    several, count = found_in.unique(return_counts=True)
+    return (is_known & torch.isin(groups, several[count > 1])).nonzero()[:, 0], kinds
 
 
 def evidence_losses(

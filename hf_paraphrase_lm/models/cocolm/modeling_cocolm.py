@@ -44,6 +44,8 @@ from .configuration_cocolm import CocoLMConfig
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 # Attention pads a text to at most its length divided by this (our choice).
 LEAST_FILLED = 0.5
+# Share of the texts that is enough to leave a batch of one length without padding (our choice).
+LEAST_FULL = 0.25
 
 logger = logging.get_logger(__name__)
 
@@ -286,14 +288,14 @@ class Batches:
         tokens: Where each token stands in the padded texts, all one after the other, `(tokens,)`, int64. Longer texts
             come first.
         shapes: Rows and length of each batch.
-        is_token: Of each batch `(rows, length)`, bool; `None` for one without padding.
+        masks: Of each batch, where it has tokens, `(rows, length)`, bool; `None` for one without padding.
         places: Where each token stands in the rows of all batches, `(tokens,)`, int64; the other places are padding.
             `None` if there is none.
     """
 
     tokens: torch.Tensor
     shapes: list[tuple[int, int]]
-    is_token: list[torch.Tensor | None]
+    masks: list[torch.Tensor | None]
     places: torch.Tensor | None
 
     @classmethod
@@ -302,30 +304,41 @@ class Batches:
 
         A text of padding only keeps its first place.
         """
+        width, device = attention_mask.shape[1], attention_mask.device
         is_token = attention_mask.bool()
         is_right = (is_token[:, :-1] >= is_token[:, 1:]).all()[None]
         *lengths, is_right = torch.cat([is_token.sum(1).clamp(min=1), is_right]).tolist()
-        width = is_token.shape[1]
         if not is_right or sum(lengths) == len(lengths) * width:
             return None
         order = sorted(range(len(lengths)), key=lambda text: -lengths[text])
-        shapes = []
-        for length in (lengths[text] for text in order):
-            if shapes and length >= LEAST_FILLED * shapes[-1][1]:
-                shapes[-1] = shapes[-1][0] + 1, shapes[-1][1]
-            else:
-                shapes.append((1, length))
-        counts, row_lengths = torch.tensor(lengths)[order], torch.tensor([n for rows, n in shapes for _ in range(rows)])
+        lengths = [lengths[text] for text in order]
+        shapes = cls._shapes(lengths)
+        counts, row_lengths = torch.tensor(lengths), torch.tensor([n for rows, n in shapes for _ in range(rows)])
         in_text = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
         tokens = in_text + (width * torch.tensor(order)).repeat_interleave(counts)
         places = in_text + (row_lengths.cumsum(0) - row_lengths).repeat_interleave(counts)
-        parts = zip(counts.split([rows for rows, _ in shapes]), shapes, strict=True)
-        is_token = [
-            (torch.arange(length) < part[:, None]).to(attention_mask.device) if part.min() < length else None
-            for part, (_, length) in parts
-        ]
-        places = None if len(places) == row_lengths.sum() else places.to(attention_mask.device)
-        return cls(tokens.to(attention_mask.device), shapes, is_token, places)
+        masks = []
+        for part, (_, length) in zip(counts.split([rows for rows, _ in shapes]), shapes, strict=True):
+            is_full = part.min() == length
+            masks.append(None if is_full else (torch.arange(length) < part[:, None]).to(device))
+        is_full = len(places) == row_lengths.sum()
+        return cls(tokens.to(device), shapes, masks, None if is_full else places.to(device))
+
+    @staticmethod
+    def _shapes(lengths: list[int]) -> list[tuple[int, int]]:
+        """Rows and length of the batches of texts from the longest to the shortest."""
+        shapes, is_full = [], True
+        for length in lengths:
+            rows, longest = shapes[-1] if shapes else (0, 0)
+            # Many texts of one length keep a batch, and so an attention bias, without padding.
+            is_apart = is_full and length < longest and rows >= LEAST_FULL * len(lengths)
+            if length < LEAST_FILLED * longest or is_apart or not shapes:
+                shapes.append((1, length))
+                is_full = True
+            else:
+                shapes[-1] = rows + 1, longest
+                is_full = is_full and length == longest
+        return shapes
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
         """`(texts, length, size)` -> `(tokens, size)`."""
@@ -333,40 +346,30 @@ class Batches:
 
     def put(self, states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The reverse of `take`, to `(texts, length)`; 0 where padded."""
-        padded = states.new_zeros(shape.numel(), states.shape[-1]).index_copy(0, self.tokens, states)
-        return padded.unflatten(0, shape)
+        padded = states.new_zeros(shape.numel(), states.shape[-1])
+        return padded.index_copy_(0, self.tokens.to(states.device), states).unflatten(0, shape)
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
         """`(tokens, size)` -> of each batch `(rows, length, size)`, 0 where padded."""
         sizes = [rows * length for rows, length in self.shapes]
         if self.places is not None:
-            states = states.new_zeros(sum(sizes), states.shape[-1]).index_copy_(0, self.places, states)
+            padded = states.new_zeros(sum(sizes), states.shape[-1])
+            # Layers may be on other devices than the mask.
+            states = padded.index_copy_(0, self.places.to(states.device), states)
         return [part.unflatten(0, shape) for part, shape in zip(states.split(sizes), self.shapes, strict=True)]
 
     def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
         """The reverse of `split`."""
         states = torch.cat([batch.flatten(0, 1) for batch in batches])
-        return states if self.places is None else states.index_select(0, self.places)
+        return states if self.places is None else states.index_select(0, self.places.to(states.device))
 
-    def bias(self, position_bias: torch.Tensor) -> torch.Tensor:
-        """The bias of each batch, that of padding included, from the one for its longest text, all flat.
 
-        One flat tensor, because reentrant gradient checkpointing passes no gradient to the tensors of a list.
-        """
-        biases = []
-        for (_, length), is_token in zip(self.shapes, self.is_token, strict=True):
-            bias = position_bias[..., :length, :length]
-            bias = bias if is_token is None else torch.where(is_token[:, None, None, :], bias, PADDING_SCORE)
-            biases.append(bias.flatten())
-        return torch.cat(biases)
-
-    def split_bias(self, bias: torch.Tensor) -> list[torch.Tensor]:
-        """What `bias` gives -> of each batch `(rows or 1, heads, length, length)`."""
-        kinds = zip(self.shapes, self.is_token, strict=True)
-        sizes = [(1 if is_token is None else rows) * length**2 for (rows, length), is_token in kinds]
-        heads = len(bias) // sum(sizes)
-        parts = zip(bias.split([heads * size for size in sizes]), self.shapes, strict=True)
-        return [part.view(-1, heads, length, length) for part, (_, length) in parts]
+def product_dtype(states: torch.Tensor) -> torch.dtype:
+    """The type of a matrix product with `states`: that of autocast, or their own."""
+    device = states.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
 
 
 def eager_attention_forward(
@@ -384,7 +387,7 @@ def eager_attention_forward(
     scores = query * scaling @ key.transpose(2, 3)
     for bias in (attention_mask, position_bias):
         scores = scores if bias is None else scores + bias
-    # Computed in float32 whatever the type of the scores.
+    # Computes in float32 whatever the type of the scores, to which they are rounded.
     weights = F.softmax(scores, dim=-1).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
@@ -405,17 +408,16 @@ class CocoLMSelfAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_bias: torch.Tensor | None,
+        hidden_states: torch.Tensor,  # (batch, length, hidden_size), or with `batches` (tokens, hidden_size)
+        *attention_biases: torch.Tensor | None,  # with `batches` one of each
         batches: Batches | None = None,
         **kwargs,
     ):
         projected = self.in_proj(hidden_states)
         if batches is None:
-            output, weights = self.attend(projected, attention_bias, **kwargs)
+            output, weights = self.attend(projected, *attention_biases, **kwargs)
         else:
-            biases = batches.split_bias(attention_bias)
-            parts = zip(batches.split(projected), biases, strict=True)
+            parts = zip(batches.split(projected), attention_biases, strict=True)
             output, weights = batches.join([self.attend(*part, **kwargs)[0] for part in parts]), None
         return self.out_proj(output), weights
 
@@ -448,8 +450,8 @@ class CocoLMAttention(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        attention_output, _ = self.self_attn(hidden_states, attention_bias, **kwargs)
+    def forward(self, hidden_states: torch.Tensor, *attention_biases: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        attention_output, _ = self.self_attn(hidden_states, *attention_biases, **kwargs)
         return self.LayerNorm(hidden_states + self.dropout(attention_output))
 
 
@@ -481,8 +483,9 @@ class CocoLMLayer(GradientCheckpointingLayer):
         self.intermediate = CocoLMIntermediate(config)
         self.output = CocoLMOutput(config)
 
-    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
-        hidden_states = self.attention(hidden_states, attention_bias, **kwargs)
+    # Biases stand alone, because reentrant gradient checkpointing passes no gradient to the tensors of a list.
+    def forward(self, hidden_states: torch.Tensor, *attention_biases: torch.Tensor | None, **kwargs) -> torch.Tensor:
+        hidden_states = self.attention(hidden_states, *attention_biases, **kwargs)
         return self.output(self.intermediate(hidden_states), hidden_states)
 
 
@@ -491,9 +494,9 @@ class CocoLMEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(CocoLMLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
 
-    def forward(self, hidden_states: torch.Tensor, attention_bias: torch.Tensor | None, **kwargs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *attention_biases: torch.Tensor | None, **kwargs) -> torch.Tensor:
         for layer in self.layer:
-            hidden_states = layer(hidden_states, attention_bias, **kwargs)
+            hidden_states = layer(hidden_states, *attention_biases, **kwargs)
         return hidden_states
 
 
@@ -743,27 +746,24 @@ class CocoLMModel(CocoLMPreTrainedModel):
         """
         hidden_states = self.embeddings(input_ids, inputs_embeds, attention_mask)
         batches = None
-        if attention_mask is not None and self.leaves_out_padding(**kwargs):
+        if attention_mask is not None and self.leaves_out_padding(attention_mask, **kwargs):
             batches = Batches.of(attention_mask)
         if batches is None:
             attention_bias = self.attention_bias(hidden_states, attention_mask)
             return BaseModelOutput(last_hidden_state=self.encoder(hidden_states, attention_bias, **kwargs))
-        attention_bias = self.attention_bias(hidden_states[:, : batches.shapes[0][1]], None)
-        if attention_bias is None:
-            attention_bias = hidden_states.new_zeros(1, 1, *2 * batches.shapes[0][1:])
-        attention_bias = batches.bias(attention_bias)
-        states = self.encoder(batches.take(hidden_states), attention_bias, batches=batches, **kwargs)
+        biases = self.batch_biases(hidden_states, batches)
+        states = self.encoder(batches.take(hidden_states), *biases, batches=batches, **kwargs)
         return BaseModelOutput(last_hidden_state=batches.put(states, hidden_states.shape[:2]))
 
-    def leaves_out_padding(self, **kwargs: Unpack[TransformersKwargs]) -> bool:
-        """Whether layers compute nothing for padding on the right.
+    def leaves_out_padding(self, attention_mask: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> bool:
+        """Whether the layers compute nothing for padding, if that is on the right.
 
         They do where states or attentions of every place are asked for, where shapes must not depend on what a mask
         contains, and for FlexAttention, which compiles a kernel for every shape.
         """
         names = "output_hidden_states", "output_attentions"
         is_recorded = any(kwargs.get(name, getattr(self.config, name)) for name in names)
-        return not (is_recorded or is_tracing() or self.config._attn_implementation == "flex_attention")
+        return not (is_recorded or is_tracing(attention_mask) or self.config._attn_implementation == "flex_attention")
 
     @torch.no_grad()
     def attend_to_neighbors(self, strength: float = 4.0):
@@ -808,12 +808,11 @@ class CocoLMModel(CocoLMPreTrainedModel):
             attention_mask: `(batch, length)` or `None`.
 
         Returns:
-            `(batch or 1, heads or 1, length, length)`, float in the type of the scores; `None` if there is nothing to
-            add.
+            `(batch or 1, heads or 1, length, length)`, float, rounded to the type of the scores; `None` if there is
+            nothing to add.
         """
         batch_size, length, _ = hidden_states.shape
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        dtype = product_dtype(hidden_states)
         bias = None
         if self.config.rel_pos_bins:
             buckets = self.position_buckets(torch.arange(1 - length, length, device=hidden_states.device))
@@ -830,6 +829,18 @@ class CocoLMModel(CocoLMPreTrainedModel):
             # FlexAttention reads the bias by index and does not broadcast.
             bias = bias.expand(batch_size, self.config.num_attention_heads, length, length)
         return bias
+
+    def batch_biases(self, hidden_states: torch.Tensor, batches: Batches) -> list[torch.Tensor | None]:
+        """The `attention_bias` of each batch, parts of the one for the longest text."""
+        longest = self.attention_bias(hidden_states[:, : batches.shapes[0][1]], None)
+        biases = []
+        for (_, length), mask in zip(batches.shapes, batches.masks, strict=True):
+            bias = None if longest is None else longest[..., :length, :length]
+            if mask is not None:
+                bias = hidden_states.new_zeros((), dtype=product_dtype(hidden_states)) if bias is None else bias
+                bias = torch.where(mask[:, None, None, :], bias, PADDING_SCORE)
+            biases.append(bias if bias is None else bias.contiguous())
+        return biases
 
 
 class CocoLMTransform(nn.Module):
@@ -1132,9 +1143,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
                 it differs from `input_ids`. Without it no loss is computed, nothing is sampled, and the main network
                 reads `input_ids` (or `corrupted_input_ids`) as it is, to tell which tokens look replaced.
             span_input_ids: `(batch, span_length)`, int64: a crop of the original text, beginning with [CLS]. A COCO-LM
-                encoder encodes both in one pass, another one only where span_length is length, as the collator's
-                `pad_to_multiple_of` can make it. Without it the contrastive head gets no gradient, for which
-                `DistributedDataParallel` waits unless `contrastive_loss_weight` is 0.
+                encoder that leaves out padding encodes both in one pass, another one only where span_length is length,
+                as the collator's `pad_to_multiple_of` can make it. Without it the contrastive head gets no gradient,
+                for which `DistributedDataParallel` waits unless `contrastive_loss_weight` is 0.
             span_attention_mask: `(batch, span_length)`, like `attention_mask`.
             corrupted_input_ids: `(batch, length)`, int64: read by the main network instead of a new sample.
             output_logits: Whether to return the language model logits and the contrasted embeddings.
@@ -1314,9 +1325,9 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         if span_input_ids is None:
             return self._encode(input_ids, attention_mask, **kwargs), None
         length, span_length = input_ids.shape[1], span_input_ids.shape[1]
-        # An encoder that computes on padding takes longer for one pass than for two.
+        # An encoder that computes on padding takes longer for one pass than for two; ours does if it is on the left.
         is_ours = isinstance(self.cocolm, CocoLMModel)
-        if length != span_length and not (is_ours and self.cocolm.leaves_out_padding(**kwargs)):
+        if length != span_length and not (is_ours and self.cocolm.leaves_out_padding(attention_mask, **kwargs)):
             output = self._encode(input_ids, attention_mask, **kwargs)
             return output, self._encode(span_input_ids, span_attention_mask).last_hidden_state
         views = (input_ids, span_input_ids), (attention_mask, span_attention_mask)

@@ -203,7 +203,9 @@ class Batches:
 def product_dtype(states: torch.Tensor) -> torch.dtype:
     """The type of a matrix product with `states`: that of autocast, or their own."""
     device = states.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return states.dtype
 
 
 def eager_attention_forward(
