@@ -230,7 +230,9 @@ def test_bfloat16_stays_close(batch, attention):
             "gtd,ged->gte", embeddings.unflatten(0, (2, 2)).double(), outputs.document_embeddings.double()
         )
         assert outputs.relevance_scores.dtype == torch.float32
-        torch.testing.assert_close(outputs.relevance_scores, exact.flatten(0, 1).float(), rtol=0, atol=1e-6)
+        # `embed` computes the last layer for one token alone, and rounds other sums.
+        atol = 5e-4 if enabled else 1e-6
+        torch.testing.assert_close(outputs.relevance_scores, exact.flatten(0, 1).float(), rtol=0, atol=atol)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append((outputs.loss.detach(), gradient))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=0.02)

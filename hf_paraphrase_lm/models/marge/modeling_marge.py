@@ -18,9 +18,11 @@ pre-norm with a final norm, learned positions, one beta a layer with start value
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -269,11 +271,13 @@ class MargeAttention(nn.Module):
         past_key_values: Cache | None = None,
         dropout: bool = True,
         batches: Batches | None = None,
+        first_only: bool = False,  # whether the first token alone is asked for; a mask is to be added then
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Autocast would make a copy for each product, and keep it for the backward pass.
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        states = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        queries = hidden_states[:, :1] if first_only else hidden_states
+        states = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
         kwargs |= {"scaling": self.scaling, "dropout": self.dropout if dropout and self.training else 0.0}
         if batches is not None:
             inputs = zip(*map(batches.pad, states), attention_mask, strict=True)
@@ -283,7 +287,9 @@ class MargeAttention(nn.Module):
         query, key, value = map(self.split_heads, states)  # (batch, heads, length, head_dim)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
-        output, weights = self.attend(query, key, value, attention_mask, **kwargs)
+        # Nothing is large with one query, so that no kernel is better than the plain one.
+        attend = partial(eager_attention_forward, self) if first_only else self.attend
+        output, weights = attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.flatten(2)), weights
 
     def attend(self, *args, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -447,10 +453,12 @@ class MargeEncoderLayer(MargeLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         dropout: bool = True,
+        first_only: bool = False,  # whether to compute the first token alone, from all
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        output, _ = self.self_attn(self.self_attn_layer_norm(hidden_states), attention_mask, dropout=dropout, **kwargs)
-        hidden_states = self.add(hidden_states, output, dropout)
+        normed_states, kwargs = self.self_attn_layer_norm(hidden_states), {"first_only": first_only, **kwargs}
+        output, _ = self.self_attn(normed_states, attention_mask, dropout=dropout, **kwargs)
+        hidden_states = self.add(hidden_states[:, :1] if first_only else hidden_states, output, dropout)
         return self.add(hidden_states, self.mlp(self.mlp_layer_norm(hidden_states)), dropout)
 
 
@@ -584,10 +592,15 @@ class MargeEncoder(MargeStack):
         if attention_mask is None:
             attention_mask = mask_of(input_ids, self.config.pad_token_id)
         length = input_ids.shape[-1]
+        attention_mask = attention_mask.reshape(-1, length)
         hidden_states = self.add_positions(self.embed_ids(input_ids.reshape(-1, length)))
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask.reshape(-1, length))
-        for layer in self.layers[: self.config.retrieval_layers]:
+        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        *layers, last = self.layers[: self.config.retrieval_layers]
+        for layer in layers:
             hidden_states = layer(hidden_states, mask, dropout=False)
+        # Nothing reads its other tokens.
+        hidden = (HIDDEN_SCORE * ~attention_mask.bool())[:, None, None].to(product_dtype(hidden_states))
+        hidden_states = last(hidden_states, hidden, dropout=False, first_only=True)
         return first_token_embedding(hidden_states).view(*input_ids.shape[:-1], -1)
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -596,14 +609,15 @@ class MargeEncoder(MargeStack):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        target_input_ids: torch.LongTensor | None = None,
+        target_inputs_embeds: torch.FloatTensor | None = None,
         target_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MargeEncoderOutput:
         """Encodes `(batch, length)` or `(groups, num_evidence, length)` ids (or embeddings, one dimension more).
 
-        With several evidence documents, `(targets, target_length)` ids of targets share the pass through the first
-        `retrieval_layers`, unless hidden states or attentions are asked for; see `target_embeddings` of the output.
+        With several evidence documents, `(targets, target_length, hidden_size)` embeddings of targets share the pass
+        through the first `retrieval_layers`, unless hidden states or attentions are asked for; see `target_embeddings`
+        of the output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Expected exactly one of input_ids and inputs_embeds, but got both or neither.")
@@ -626,10 +640,10 @@ class MargeEncoder(MargeStack):
         dropout = num_evidence == 1
         is_recorded = self.is_recorded(**kwargs)
         states, masks = [self.add_positions(inputs_embeds)], [attention_mask]
-        if target_input_ids is not None and not dropout and not is_recorded:
+        if target_inputs_embeds is not None and not dropout and not is_recorded:
             # Only attention must know which document a token is of. Targets of another length so cost no padding, and
             # whatever the lengths, each layer is called once, as sharded layers have to be by all processes alike.
-            states.append(self.add_positions(self.embed_ids(target_input_ids)))
+            states.append(self.add_positions(target_inputs_embeds))
             masks.append(target_attention_mask)
         packs = self.training and attention_mask is not None and not is_recorded
         lengths = lengths_of(masks) if packs else None
@@ -861,22 +875,67 @@ def contrastive_loss(
     return (losses * num_tokens).sum() / num_tokens.sum().clamp(min=1)
 
 
-def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head: nn.Linear) -> torch.Tensor:
+class _SumOfLosses(torch.autograd.Function):
+    """-log p of all labels, summed up, for scores without a bias.
+
+    Gradients are computed along with it, so that scores are computed once, chunk by chunk. They add up in float32, and so
+    do the losses, unlike those of torch's `linear_cross_entropy`, which are of the type of the product.
+    """
+
+    @staticmethod
+    def forward(ctx, states, weight, labels, size):
+        # states (tokens, hidden), weight (vocab, hidden), labels (tokens,)
+        ctx.dtypes, dtype = (states.dtype, weight.dtype), product_dtype(states)
+        states, weight = states.to(dtype), weight.to(dtype)
+        needs_states, needs_weight = ctx.needs_input_grad[:2]
+        of_states = torch.empty_like(states) if needs_states else None
+        of_weight = None
+        loss = torch.zeros((), device=states.device)
+        for first in range(0, max(len(labels), 1), size):
+            part, chosen = states[first : first + size], labels[first : first + size, None]
+            scores = torch.log_softmax((part @ weight.T).float(), dim=-1)
+            loss -= scores.gather(1, chosen).sum()
+            if needs_states or needs_weight:
+                # Of the softmax: the probabilities, less 1 at the label.
+                change = scores.exp_().scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).to(dtype)
+                del scores
+            if needs_states:
+                torch.mm(change, weight, out=of_states[first : first + size])
+            if needs_weight:
+                product = change.T @ part
+                of_weight = product.float() if of_weight is None else of_weight.add_(product)
+        ctx.save_for_backward(of_states, of_weight)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        changes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(change if change is None else (change * gradient).to(dtype) for change, dtype in changes), None, None
+
+
+def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head: nn.Module) -> torch.Tensor:
     """-log p of all labels, summed up chunk by chunk, so that the scores of all tokens never exist at once.
 
-    Padding is left out before; scores are computed once more in the backward pass. On a CPU it took 0.85 of the time of
-    cross entropy on all scores with 8,192 tokens in the vocabulary, and 1.24 of it with 32,768.
+    Padding is left out before.
 
     Args:
         states (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Of the decoder.
         labels (`torch.LongTensor` of shape `(targets, target_length)`): -100 is no label.
-        lm_head: Gives the scores.
+        lm_head: Gives the scores. Where it is no plain linear layer (with adapters, hooks or a bias), or is compiled,
+            they are computed once more in the backward pass.
 
     Returns:
         `torch.FloatTensor` of shape `()`, float32, nats.
     """
-
     device = states.device.type
+    is_label = labels != -100
+    states, labels = states[is_label], labels[is_label]
+    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
+    has_hooks = bool(lm_head._forward_pre_hooks or lm_head._forward_hooks)
+    if type(lm_head) is nn.Linear and lm_head.bias is None and not has_hooks and not torch.compiler.is_compiling():
+        return _SumOfLosses.apply(states, lm_head.weight, labels, size)
+
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
     def loss(states, labels):
@@ -884,9 +943,7 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
         with torch.autocast(device, **autocast, cache_enabled=False):
             return nn.functional.cross_entropy(lm_head(states).float(), labels, reduction="sum")
 
-    is_label = labels != -100
-    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
-    chunks = zip(states[is_label].split(size), labels[is_label].split(size), strict=True)
+    chunks = zip(states.split(size), labels.split(size), strict=True)
     losses = [checkpoint(loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
     return torch.stack(losses).sum()
 
@@ -939,7 +996,7 @@ class MargeModel(MargePreTrainedModel):
     def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Document embeddings g: the first token's state after `retrieval_layers` layers, L2-normalised (section 2.1).
 
-        Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers.
+        Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers, up to rounding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(..., length)`): Documents as the tokenizer makes them.
@@ -1004,8 +1061,20 @@ class MargeModel(MargePreTrainedModel):
             if target_attention_mask is None:
                 target_attention_mask = mask_of(target_input_ids, self.config.pad_token_id)
             document = without_language_token(target_input_ids, target_attention_mask, self.config.bos_token_id)
+        if attention_mask is None and input_ids is not None:
+            attention_mask = mask_of(input_ids, self.config.pad_token_id)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, *(document or ()), **kwargs)
+            evidence_ids, target_embeds, target_mask = input_ids, None, None
+            if document is not None and input_ids is not None and decoder_inputs_embeds is None:
+                # At once, because each lookup has a gradient of the size of the vocabulary.
+                all_ids = input_ids, document[0], decoder_input_ids
+                embeds = self.encoder.embed_ids(torch.cat([ids.flatten() for ids in all_ids]))
+                embeds = embeds.split([ids.numel() for ids in all_ids])
+                embeds = [part.unflatten(0, ids.shape) for part, ids in zip(embeds, all_ids, strict=True)]
+                inputs_embeds, target_embeds, decoder_inputs_embeds = embeds
+                evidence_ids, target_mask = None, document[1]
+            documents = inputs_embeds, target_embeds, target_mask
+            encoder_outputs = self.encoder(evidence_ids, attention_mask, *documents, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_outputs = MargeEncoderOutput(*encoder_outputs)
         evidence_states, document_embeddings = encoder_outputs[0], encoder_outputs.get("document_embeddings")
@@ -1021,9 +1090,7 @@ class MargeModel(MargePreTrainedModel):
                     f"{name} must have the shape (targets, num_evidence) = ({targets}, {num_evidence}), but got "
                     f"{tuple(tensor.shape)}."
                 )
-        if attention_mask is None and input_ids is not None:
-            attention_mask = mask_of(input_ids, self.config.pad_token_id)
-        elif attention_mask is None:
+        if attention_mask is None:
             attention_mask = evidence_states.new_ones(evidence_states.shape[:2])
         attention_mask = attention_mask.reshape(groups, num_evidence, -1).bool()
         documents = torch.arange(num_evidence, device=attention_mask.device).unsqueeze(-1)
