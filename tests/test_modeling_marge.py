@@ -775,6 +775,73 @@ def test_gradients_of_chunks_add_up_in_float32(monkeypatch):
     assert (chunks - exact).norm() < 1.2 * (whole - exact).norm()
 
 
+def test_loss_of_a_head_with_a_hook_or_an_adapter(batch):
+    """Its scores are the head's own, whatever it does, and computed once more in the backward pass."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, states):
+            return super().forward(states)
+
+    model, calls = make_model(hidden_dropout_prob=0, attention_probs_dropout_prob=0).train(), []
+    expected, loss = gradients(model, **batch), model(**batch).loss.detach()
+    hook = model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    assert_same_gradients(gradients(model, **batch), expected)
+    hook.remove()
+    assert len(calls) == 2
+    head = Adapted(model.config.hidden_size, model.config.vocab_size, bias=False)
+    head.weight, model.lm_head = model.lm_head.weight, head
+    torch.testing.assert_close(model(**batch).loss, loss, rtol=0, atol=1e-5)
+    assert_same_gradients(gradients(model, **batch), expected)
+
+
+def test_loss_with_part_of_the_model_frozen(batch):
+    model = make_model(tie_word_embeddings=False, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    loss = model(**batch).loss
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert len(expected) > 20 and "lm_head.weight" in expected
+    for frozen, trained in ((model.lm_head, model.model), (model.model, model.lm_head)):
+        frozen.requires_grad_(False)
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        loss.backward()
+        frozen.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            if name in expected and any(parameter is other for other in trained.parameters()):
+                torch.testing.assert_close(parameter.grad, 2 * expected[name], rtol=1e-4, atol=1e-5, msg=name)
+            else:
+                assert parameter.grad is None
+
+
+def test_a_batch_without_labels_has_the_loss_0(batch):
+    model = make_model().train()
+    states = torch.randn(2, 3, model.config.hidden_size, requires_grad=True)
+    loss = modeling_marge.reconstruction_loss(states, torch.full((2, 3), -100), model.lm_head)
+    loss.backward()
+    assert loss == 0 and not states.grad.any() and not model.lm_head.weight.grad.any()
+
+
+def test_all_tokens_are_looked_up_at_once(batch):
+    """Each lookup would have a gradient of the size of the vocabulary."""
+    evidence, targets = batch["input_ids"].numel(), batch["labels"].numel()
+    for is_tied, expected in ((True, [evidence + 2 * targets]), (False, [evidence + targets, targets])):
+        model, lookups = make_model(tie_word_embeddings=is_tied).train(), []
+        for stack in (model.model.encoder, model.model.decoder):
+            stack.embed_tokens.register_forward_hook(
+                lambda _, inputs, output, seen=lookups: seen.append(output[..., 0].numel())
+            )
+        model(**batch)
+        assert lookups == expected
+
+
+def test_embeddings_that_are_not_tied_are_each_used(batch):
+    model = make_model(tie_word_embeddings=False, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
+    plain = reference.separate_passes(model, **batch)
+    torch.testing.assert_close(model(**batch).loss, plain.loss, rtol=0, atol=1e-5)
+    assert not torch.equal(model.model.encoder.embed_tokens.weight, model.model.decoder.embed_tokens.weight)
+
+
 def test_loss_over_accumulated_batches_is_a_mean_over_all_tokens(batch):
     model = make_model(distillation_loss_weight=0.5, hidden_dropout_prob=0, attention_probs_dropout_prob=0).train()
     whole = model(**batch).loss

@@ -23,8 +23,8 @@ from .reference import cocolm, marge
 UPDATES = 500
 LENGTH = 24
 # How far the two may drift apart by rounding, as a part of the loss, which is a mean of 50 updates. Other texts in the
-# same run change it by more than ten times as much, which is tested as well.
-TOLERANCE = 3e-4
+# same run change it by more than a hundred times as much, which is tested as well.
+TOLERANCE = 3e-5
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def curve(model, batches, loss) -> torch.Tensor:
     """The loss of each update."""
     torch.manual_seed(0)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # With a smaller eps, Adam makes whole steps of gradients that are nothing but rounding errors.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
     losses = []
     for batch in batches:
         optimizer.zero_grad()
@@ -53,7 +54,7 @@ def assert_same_curves(fast, plain, other):
     fast, plain, other = (each.view(-1, 50).mean(1) for each in (fast, plain, other))
     assert plain[-1] < 0.85 * plain[0]
     assert (fast / plain - 1).abs().max() < TOLERANCE
-    assert (other / plain[: len(other)] - 1).abs().max() > 10 * TOLERANCE
+    assert (other / plain[: len(other)] - 1).abs().max() > 100 * TOLERANCE
 
 
 def test_cocolm(corpus, monkeypatch):

@@ -18,8 +18,12 @@ def layer(n: int, h: int, f: int, is_causal: bool = False) -> float:
 
 
 def embedding(config: MargeConfig, n: int) -> float:
-    """g of a document: the retrieval layers."""
-    return config.retrieval_layers * layer(n, config.hidden_size, config.encoder_intermediate_size)
+    """g of a document: the retrieval layers, of the last one keys and values and what its first token needs.
+
+    (R - 1) layer(n) + 2 n (2 h^2) + 2 (2 h^2 + 2 h f) + 4 n h
+    """
+    h, f = config.hidden_size, config.encoder_intermediate_size
+    return (config.retrieval_layers - 1) * layer(n, h, f) + 4 * n * h**2 + 4 * h * (h + f) + 4 * n * h
 
 
 def marge(config: MargeConfig, targets: list[int], evidence: list[int]) -> float:

@@ -878,8 +878,8 @@ def contrastive_loss(
 class _SumOfLosses(torch.autograd.Function):
     """-log p of all labels, summed up, for scores without a bias.
 
-    Gradients are computed along with it, so that scores are computed once, chunk by chunk. They add up in float32, and so
-    do the losses, unlike those of torch's `linear_cross_entropy`, which are of the type of the product.
+    Gradients are computed along with it, so that scores are computed once, chunk by chunk. They add up in float32, and
+    so do the losses, unlike those of torch's `linear_cross_entropy`, which are of the type of the product.
     """
 
     @staticmethod
@@ -996,7 +996,8 @@ class MargeModel(MargePreTrainedModel):
     def embed(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> torch.FloatTensor:
         """Document embeddings g: the first token's state after `retrieval_layers` layers, L2-normalised (section 2.1).
 
-        Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers, up to rounding.
+        Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers, up to
+        rounding.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(..., length)`): Documents as the tokenizer makes them.
@@ -1065,14 +1066,17 @@ class MargeModel(MargePreTrainedModel):
             attention_mask = mask_of(input_ids, self.config.pad_token_id)
         if encoder_outputs is None:
             evidence_ids, target_embeds, target_mask = input_ids, None, None
-            if document is not None and input_ids is not None and decoder_inputs_embeds is None:
+            if document is not None and input_ids is not None:
                 # At once, because each lookup has a gradient of the size of the vocabulary.
-                all_ids = input_ids, document[0], decoder_input_ids
+                all_ids = [input_ids, document[0]]
+                is_shared = self.encoder.embed_tokens.weight is self.decoder.embed_tokens.weight
+                if decoder_inputs_embeds is None and is_shared:
+                    all_ids.append(decoder_input_ids)
                 embeds = self.encoder.embed_ids(torch.cat([ids.flatten() for ids in all_ids]))
                 embeds = embeds.split([ids.numel() for ids in all_ids])
                 embeds = [part.unflatten(0, ids.shape) for part, ids in zip(embeds, all_ids, strict=True)]
-                inputs_embeds, target_embeds, decoder_inputs_embeds = embeds
-                evidence_ids, target_mask = None, document[1]
+                evidence_ids, (inputs_embeds, target_embeds, *rest), target_mask = None, embeds, document[1]
+                decoder_inputs_embeds = rest[0] if rest else decoder_inputs_embeds
             documents = inputs_embeds, target_embeds, target_mask
             encoder_outputs = self.encoder(evidence_ids, attention_mask, *documents, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
