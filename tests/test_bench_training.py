@@ -8,6 +8,7 @@ import sys
 
 import datasets
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_paraphrase_lm import CocoLMForPretraining, MargeForConditionalGeneration
@@ -149,7 +150,7 @@ def test_flops_are_those_that_torch_counts(load):
     # It counts no fused attention on a CPU.
     model.set_attn_implementation("eager")
     batch = script.DataCollatorForParaphrasing(tokenizer)([{"labels": [ids] * 2, "input_ids": [ids] * 3}])
-    with FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**batch)
     # Targets share the pass of the evidence, where the last layer is computed for all their tokens.
     whole = config.retrieval_layers * flops.layer(20, config.hidden_size, config.encoder_intermediate_size)
