@@ -875,6 +875,12 @@ def contrastive_loss(
     return (losses * num_tokens).sum() / num_tokens.sum().clamp(min=1)
 
 
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call is nothing but that of its class: no adapter, no hook, no offloading."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return type(module) is kind and "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+
+
 class _SumOfLosses(torch.autograd.Function):
     """-log p of all labels, summed up, for scores without a bias.
 
@@ -890,7 +896,7 @@ class _SumOfLosses(torch.autograd.Function):
         needs_states, needs_weight = ctx.needs_input_grad[:2]
         of_states = torch.empty_like(states) if needs_states else None
         of_weight = None
-        loss = torch.zeros((), device=states.device)
+        loss = torch.zeros((), dtype=torch.float32, device=states.device)
         for first in range(0, max(len(labels), 1), size):
             part, chosen = states[first : first + size], labels[first : first + size, None]
             scores = torch.log_softmax((part @ weight.T).float(), dim=-1)
@@ -922,8 +928,8 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
     Args:
         states (`torch.FloatTensor` of shape `(targets, target_length, hidden_size)`): Of the decoder.
         labels (`torch.LongTensor` of shape `(targets, target_length)`): -100 is no label.
-        lm_head: Gives the scores. Where it is no plain linear layer (with adapters, hooks or a bias), or is compiled,
-            they are computed once more in the backward pass.
+        lm_head: Gives the scores. Unless it is a plain linear layer, without adapters, hooks or a bias, and where it is
+            compiled, they are computed once more in the backward pass.
 
     Returns:
         `torch.FloatTensor` of shape `()`, float32, nats.
@@ -932,8 +938,7 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
     is_label = labels != -100
     states, labels = states[is_label], labels[is_label]
     size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
-    has_hooks = bool(lm_head._forward_pre_hooks or lm_head._forward_hooks)
-    if type(lm_head) is nn.Linear and lm_head.bias is None and not has_hooks and not torch.compiler.is_compiling():
+    if is_plain(lm_head, nn.Linear) and lm_head.bias is None and not torch.compiler.is_compiling():
         return _SumOfLosses.apply(states, lm_head.weight, labels, size)
 
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
@@ -1067,16 +1072,16 @@ class MargeModel(MargePreTrainedModel):
         if encoder_outputs is None:
             evidence_ids, target_embeds, target_mask = input_ids, None, None
             if document is not None and input_ids is not None:
-                # At once, because each lookup has a gradient of the size of the vocabulary.
-                all_ids = [input_ids, document[0]]
-                is_shared = self.encoder.embed_tokens.weight is self.decoder.embed_tokens.weight
-                if decoder_inputs_embeds is None and is_shared:
-                    all_ids.append(decoder_input_ids)
-                embeds = self.encoder.embed_ids(torch.cat([ids.flatten() for ids in all_ids]))
-                embeds = embeds.split([ids.numel() for ids in all_ids])
-                embeds = [part.unflatten(0, ids.shape) for part, ids in zip(embeds, all_ids, strict=True)]
-                evidence_ids, (inputs_embeds, target_embeds, *rest), target_mask = None, embeds, document[1]
-                decoder_inputs_embeds = rest[0] if rest else decoder_inputs_embeds
+                target_mask = document[1]
+                if decoder_inputs_embeds is None and self.shares_lookup():
+                    # At once, because each lookup has a gradient of the size of the vocabulary.
+                    all_ids = input_ids, document[0], decoder_input_ids
+                    embeds = self.encoder.embed_ids(torch.cat([ids.flatten() for ids in all_ids]))
+                    embeds = embeds.split([ids.numel() for ids in all_ids])
+                    embeds = [part.unflatten(0, ids.shape) for part, ids in zip(embeds, all_ids, strict=True)]
+                    evidence_ids, (inputs_embeds, target_embeds, decoder_inputs_embeds) = None, embeds
+                else:
+                    target_embeds = self.encoder.embed_ids(document[0])
             documents = inputs_embeds, target_embeds, target_mask
             encoder_outputs = self.encoder(evidence_ids, attention_mask, *documents, **kwargs)
         elif not isinstance(encoder_outputs, ModelOutput):
@@ -1156,6 +1161,11 @@ class MargeModel(MargePreTrainedModel):
             encoder_hidden_states=encoder_outputs.get("hidden_states"),
             encoder_attentions=encoder_outputs.get("attentions"),
         )
+
+    def shares_lookup(self) -> bool:
+        """Whether encoder and decoder look tokens up alike."""
+        modules = self.encoder.embed_tokens, self.decoder.embed_tokens
+        return all(is_plain(x, nn.Embedding) for x in modules) and modules[0].weight is modules[1].weight
 
     def compare(
         self,
