@@ -123,6 +123,9 @@ def test_growth(load, one_process, monkeypatch):
         for row in others:
             # All rounds take half a second here.
             assert row[unit] > first[unit] and row["over_proportional"] == pytest.approx(first[unit] / row[unit])
+            if unit == "tokens":
+                assert row["flops"] > first["flops"]
+                assert row["over_flops"] == pytest.approx(first["flops"] / row["flops"])
 
 
 def test_embedding(load, one_process, capsys):

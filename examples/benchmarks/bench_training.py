@@ -27,8 +27,9 @@ process above what it had with all data and without a model; on CUDA, all that P
 
 --growth measures ours alone, in the first of --dtypes: an update by the evidence of a group, the length of documents
 (here the longest ones of the corpus) and the number of groups; and a refresh, `EvidenceDataset.find_groups`, by the
-size of the corpus. The last column is the time over that which is proportional to the size, by the first row: tokens
-are the size of an update, and documents that of a refresh.
+size of the corpus. The last columns are the time over that which is proportional to the size, by the first row: tokens
+are the size of an update, documents that of a refresh; and of an update over that which is proportional to its FLOPs,
+of which a token takes the more, the more tokens it attends to.
 """
 
 import argparse
@@ -311,7 +312,10 @@ def grow(args, settings: dict):
             grown = result[unit] / results[0][unit]
             value = result["documents"] if name == "refresh" else case[name]
             row = {"size": name, "value": value, "per_second": result[unit] / result["median_seconds"]}
-            row["over_proportional"] = result["median_seconds"] / results[0]["median_seconds"] / grown
+            slower = result["median_seconds"] / results[0]["median_seconds"]
+            row["over_proportional"] = slower / grown
+            if "flops" in result:
+                row["over_flops"] = slower / (result["flops"] / results[0]["flops"])
             rows.append(row | result)
     measuring.write_results(args, rows=rows)
     titles = {"num_evidence": "evidence of a group", "max_length": "length", "batch_size": "groups"}
@@ -319,11 +323,12 @@ def grow(args, settings: dict):
         [
             *(titles.get(row["size"], "refresh, documents"), row["value"], row.get("tokens", "")),
             *(f"{row['median_seconds']:.2f}", f"{row['per_second']:.0f}", f"{row['peak_mb']:.0f}"),
-            f"{row['over_proportional']:.2f}",
+            *(f"{row['over_proportional']:.2f}", f"{row['over_flops']:.2f}" if "over_flops" in row else ""),
         ]
         for row in rows
     ]
-    header = ["what grows", "to", "tokens", "seconds", "tokens (documents)/s", "peak MB", "time over proportional"]
+    header = ["what grows", "to", "tokens", "seconds", "tokens (documents)/s", "peak MB"]
+    header += ["time over proportional", "over FLOPs"]
     measuring.print_table(header, cells)
 
 
