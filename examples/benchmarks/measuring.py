@@ -44,7 +44,7 @@ def common_arguments(parser: argparse.ArgumentParser, output: str):
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES, help="bf16 is autocast")
     parser.add_argument("--device", default="cpu", choices=PEAK_SIZE, help="where the models are")
     parser.add_argument("--compile", action="store_true", help="torch.compile the models of all sides")
-    parser.add_argument("--attn_implementation", help="by default eager in bf16 on a CPU, else sdpa")
+    parser.add_argument("--attn_implementation", help="by default sdpa, but for training in bf16 on a CPU eager")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each side, after one to warm up")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, and of which documents are drawn")
     parser.add_argument("--output", type=Path, default=Path(output), help="folder of results.json and of the corpus")

@@ -456,8 +456,8 @@ class MargeEncoderLayer(MargeLayer):
         first_only: bool = False,  # whether to compute the first token alone, from all
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        normed_states, kwargs = self.self_attn_layer_norm(hidden_states), {"first_only": first_only, **kwargs}
-        output, _ = self.self_attn(normed_states, attention_mask, dropout=dropout, **kwargs)
+        normed_states = self.self_attn_layer_norm(hidden_states)
+        output, _ = self.self_attn(normed_states, attention_mask, dropout=dropout, first_only=first_only, **kwargs)
         hidden_states = self.add(hidden_states[:, :1] if first_only else hidden_states, output, dropout)
         return self.add(hidden_states, self.mlp(self.mlp_layer_norm(hidden_states)), dropout)
 
