@@ -279,8 +279,13 @@ def test_every_loss_takes_a_normaliser_of_a_larger_batch():
 
 @pytest.mark.parametrize("form", ["released", "paper"])
 @pytest.mark.parametrize("size", [1, 4, 256])
-def test_losses_in_chunks_equal_those_of_all_logits(form, size, monkeypatch):
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_losses_in_chunks_equal_those_of_all_logits(form, size, is_plain, monkeypatch):
+    """Also where a head has a hook, and so is called as any module."""
     model = CocoLMForPretraining(without_dropout(corrective_lm_form=form))
+    if not is_plain:
+        for head in (model.auxiliary_lm_head, model.corrective_lm_head):
+            head.register_forward_hook(lambda *args: None)
     batch = pretraining_batch()
     output = model(**batch, output_logits=True)
     is_masked = batch["input_ids"] == MASK
@@ -300,6 +305,33 @@ def test_losses_in_chunks_equal_those_of_all_logits(form, size, monkeypatch):
     for name, gradient in gradients.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, msg=name)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bfloat16_gradients_are_as_near_as_those_of_a_head_with_a_hook():
+    """Whose logits are computed once more in the backward pass, by autograd."""
+    model, batch = CocoLMForPretraining(without_dropout()), pretraining_batch()
+
+    def weight_gradients(enabled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model(**batch)
+        (output.mlm_loss + output.corrective_lm_loss).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    exact, plain = weight_gradients(False), weight_gradients(True)
+    for head in (model.auxiliary_lm_head, model.corrective_lm_head):
+        head.register_forward_hook(lambda *args: None)
+    assert 0 < (plain - exact).norm() < 1.2 * (weight_gradients(True) - exact).norm()
+
+
+def test_a_retained_graph_gives_the_same_gradients_again():
+    model = CocoLMForPretraining(without_dropout())
+    loss = model(**pretraining_batch()).loss
+    loss.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss.backward()
+    for name, gradient in once.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, 2 * gradient, msg=name)
 
 
 def test_backward_draws_nothing():
@@ -404,13 +436,13 @@ def test_padding_token_gets_no_gradient_as_input_but_cls_does():
 # Sampling
 
 
-def record_logits(monkeypatch):
+def record_probabilities(monkeypatch):
     recorded = []
     draw = modeling_cocolm._draw
 
-    def recording(logits):
-        recorded.append(logits)
-        return draw(logits)
+    def recording(probabilities):
+        recorded.append(probabilities.clone())
+        return draw(probabilities)
 
     monkeypatch.setattr(modeling_cocolm, "_draw", recording)
     return recorded
@@ -419,7 +451,7 @@ def record_logits(monkeypatch):
 def test_tokens_are_drawn_by_their_probabilities():
     torch.manual_seed(0)
     probabilities = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.29, 0.01, 0.0])
-    drawn = modeling_cocolm._draw(probabilities.log().expand(100_000, -1))
+    drawn = modeling_cocolm._draw(probabilities.expand(100_000, -1))
     shares = torch.bincount(drawn, minlength=7) / 100_000
     # Five standard deviations of the largest.
     torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.008)
@@ -429,7 +461,7 @@ def test_tokens_are_drawn_by_their_probabilities():
 @pytest.mark.parametrize("drawn", [0.0, 1.0])
 def test_a_draw_at_an_end_is_a_token_of_the_vocabulary(monkeypatch, drawn):
     monkeypatch.setattr(torch, "rand_like", lambda tensor: torch.full_like(tensor, drawn))
-    assert modeling_cocolm._draw(torch.zeros(3, 5)).tolist() == [4 * int(drawn)] * 3
+    assert modeling_cocolm._draw(torch.full((3, 5), 0.2)).tolist() == [4 * int(drawn)] * 3
 
 
 @pytest.mark.parametrize("mode", ["eval", "train", "zero_dropout"])
@@ -437,7 +469,7 @@ def test_sampling_modes(monkeypatch, mode):
     config = tiny_config(auxiliary_sampling=mode, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
     model = CocoLMForPretraining(config)
     batch = pretraining_batch(corrupted=False)
-    logits = record_logits(monkeypatch)
+    probabilities = record_probabilities(monkeypatch)
     trained = model(**batch, output_logits=True)
     assert model.auxiliary.training
     evaluated = model.eval()(**batch, output_logits=True)
@@ -445,8 +477,8 @@ def test_sampling_modes(monkeypatch, mode):
     loss_has_dropout = not torch.allclose(F.softmax(trained.auxiliary_logits, dim=-1), without)
     assert loss_has_dropout == (mode != "zero_dropout")
     expected = F.softmax(trained.auxiliary_logits, dim=-1) if mode == "train" else without
-    torch.testing.assert_close(F.softmax(logits[0], dim=-1), expected)
-    torch.testing.assert_close(F.softmax(logits[1], dim=-1), without)
+    torch.testing.assert_close(probabilities[0], expected)
+    torch.testing.assert_close(probabilities[1], without)
 
 
 def test_sampling_keeps_the_modes_of_the_auxiliary_network():

@@ -99,9 +99,9 @@ def assert_close_weights(weights, expected):
             torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
-def most_likely(logits):
+def most_likely(probabilities):
     """In place of `_draw`: replacements that do not depend on random numbers."""
-    return logits.argmax(-1)
+    return probabilities.argmax(-1)
 
 
 def test_learns_and_writes_everything(run, tmp_path):

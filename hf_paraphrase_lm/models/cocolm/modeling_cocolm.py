@@ -12,6 +12,7 @@ Modules of the encoder have the names of the released checkpoints.
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -122,24 +124,44 @@ def copy_loss(
     return loss / num_tokens
 
 
-def token_losses(
-    lm_head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor, draws: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""-log softmax(lm_head(h_i))[x_i] of every token, chunk by chunk: the logits of all never exist at once.
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call is nothing but that of its class: no adapter, no hook, no offloading."""
+    hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return type(module) is kind and "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
-    They are computed once more in the backward pass.
+
+def sum_of_losses(
+    lm_head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    loss_of: Callable[[torch.Tensor, slice], torch.Tensor] | None = None,
+    draws: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""Sum over the tokens of -log p_i[x_i] or of what becomes of it, with p_i = softmax(lm_head(h_i)).
+
+    Chunk by chunk: the logits of all tokens never exist at once.
 
     Args:
-        lm_head: Maps `(n, hidden_size)` to `(n, vocab_size)`.
+        lm_head: Maps `(n, hidden_size)` to `(n, vocab_size)`. Unless it is a plain linear layer or [`CocoLMLMHead`],
+            without adapters and hooks, and where it is compiled, logits are computed once more in the backward pass.
         hidden_states: `(n, hidden_size)`, any float.
         labels: `(n,)`, int64, the tokens x_i.
+        loss_of: Gives a loss, scalar, for the -log p_i[x_i] of a chunk, float32, and its place among all tokens.
         draws: Whether to draw a token of each distribution.
 
     Returns:
-        The losses, `(n,)`, float32, in nats, and the tokens drawn, `(n,)`, int64, or `None`.
+        The sum, scalar, float32, in nats, and the tokens drawn, `(n,)`, int64, or `None`.
     """
-
+    if loss_of is None:
+        loss_of = _sum
     device = hidden_states.device.type
+    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
+    decoder = lm_head.decoder if is_plain(lm_head, CocoLMLMHead) else lm_head
+    if is_plain(decoder, nn.Linear) and not torch.compiler.is_compiling():
+        if decoder is not lm_head:
+            hidden_states = lm_head.transform(hidden_states)
+        return _SumOfLosses.apply(hidden_states, decoder.weight, decoder.bias, labels, loss_of, draws, size)
+
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
     def chunk_losses(hidden_states, labels):
@@ -147,13 +169,78 @@ def token_losses(
         with torch.autocast(device, **autocast, cache_enabled=False):
             logits = lm_head(hidden_states)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
-        return losses, _draw(logits.detach()) if draws else None
+        return losses, _draw(F.softmax(logits.detach(), dim=-1, dtype=torch.float32)) if draws else None
 
-    size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
     chunks = zip(hidden_states.split(size), labels.split(size), strict=True)
     found = [checkpoint(chunk_losses, *chunk, use_reentrant=False, preserve_rng_state=draws) for chunk in chunks]
     losses, drawn = zip(*found, strict=True)
-    return torch.cat(losses), torch.cat(drawn) if draws else None
+    return loss_of(torch.cat(losses), slice(None)), torch.cat(drawn) if draws else None
+
+
+def _sum(losses: torch.Tensor, rows: slice) -> torch.Tensor:
+    return losses.sum()
+
+
+class _SumOfLosses(torch.autograd.Function):
+    """`sum_of_losses` of a linear layer. Gradients are computed along with it, so that logits are computed once."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, labels, loss_of, draws, size):
+        ctx.save_for_backward(states, weight, bias, labels)
+        ctx.settings = loss_of, size, product_dtype(states)
+        is_trained = any(ctx.needs_input_grad)
+        loss, drawn, ctx.gradients = _linear_losses(
+            states, weight, bias, labels, *ctx.settings, draws=draws, is_trained=is_trained
+        )
+        if draws:
+            ctx.mark_non_differentiable(drawn)
+        return loss, drawn
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, _):
+        # They are given away, as large as they are, and computed again for another pass through a retained graph.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _linear_losses(*ctx.saved_tensors, *ctx.settings, draws=False, is_trained=True)[2]
+        pairs = zip(gradients, ctx.saved_tensors, strict=False)
+        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), None, None, None, None
+
+
+def _linear_losses(states, weight, bias, labels, loss_of, size, dtype, draws, is_trained):
+    """The sum of the losses, what is drawn, and the gradients for states, weight and bias.
+
+    Products are of type `dtype`. Losses and the gradients of weight and bias add up in float32.
+
+    Args:
+        states, weight, bias, labels: `(tokens, hidden)`, `(vocab, hidden)`, `(vocab,)`, `(tokens,)`.
+    """
+    states, weight, bias = (tensor.to(dtype) for tensor in (states, weight, bias))
+    of_states, of_weight, of_bias = torch.empty_like(states) if is_trained else None, None, 0.0
+    loss, drawn = torch.zeros((), dtype=torch.float32, device=states.device), []
+    for first in range(0, max(len(labels), 1), size):
+        rows = slice(first, first + size)
+        part, chosen = states[rows], labels[rows, None]
+        scores = torch.log_softmax(F.linear(part, weight, bias).float(), dim=-1)
+        own = -scores.gather(1, chosen).squeeze(1)
+        with torch.set_grad_enabled(is_trained):
+            own.requires_grad_(is_trained)
+            change = loss_of(own, rows)
+        loss += change.detach()
+        if draws or is_trained:
+            scores.exp_()
+        if draws:
+            drawn.append(_draw(scores))
+        if is_trained:
+            # Of the softmax: the probabilities, less 1 at the label.
+            (share,) = torch.autograd.grad(change, own)
+            change = scores.scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).mul_(share[:, None])
+            of_bias = of_bias + change.sum(0)
+            change = change.to(dtype)
+            torch.mm(change, weight, out=of_states[rows])
+            product = change.T @ part
+            of_weight = product.float() if of_weight is None else of_weight.add_(product)
+    return loss, torch.cat(drawn) if draws else None, (of_states, of_weight, of_bias) if is_trained else None
 
 
 def corrective_lm_loss(
@@ -172,7 +259,7 @@ def corrective_lm_loss(
         "paper":   -mean_i( log( 1[x_i = sampled_i] * sg[p_copy_i] + sg[1 - p_copy_i] * p_i[x_i] ) )
 
     Args:
-        negative_log_likelihood: `(masked,)`, float32, -log p_i[x_i]; see [`token_losses`].
+        negative_log_likelihood: `(masked,)`, float32, -log p_i[x_i]; see [`sum_of_losses`].
         copy_logits: `(masked,)`, any float; no gradient flows into them.
         labels: `(masked,)`, int64, the original tokens.
         sampled: `(masked,)`, int64, the tokens that the main network read; only `"paper"` uses them.
@@ -269,15 +356,15 @@ def contrastive_loss(
     return loss + (cross_entropy(scores[is_own], positive[is_own], num_anchors) - loss).detach()
 
 
-def _draw(logits: torch.Tensor) -> torch.Tensor:
-    """One of each row's classes by their probabilities, `(rows,)`, int64, for logits `(rows, classes)`.
+def _draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """One of each row's classes by their probabilities, `(rows,)`, int64, for float32 `(rows, classes)`.
 
     A row takes one random number. `torch.multinomial` takes one for each class: on a CPU, 9% of the time of an update.
     """
-    cumulative = F.softmax(logits, dim=-1, dtype=torch.float32).cumsum(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
     drawn = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
     # The product may be rounded up to the sum.
-    return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
 
 
 @dataclass
@@ -864,8 +951,11 @@ class CocoLMLMHead(CocoLMTransform):
         super().__init__(config, embedding_size, hidden_size)
         self.decoder = nn.Linear(embedding_size, config.vocab_size)
 
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(super().forward(hidden_states))
+        return self.decoder(self.transform(hidden_states))
 
 
 def _make_encoder(config: PreTrainedConfig) -> PreTrainedModel:
@@ -1208,10 +1298,10 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             masked_states = self._auxiliary_states(input_ids, attention_mask, is_masked)
             draws = corrupted_input_ids is None
             in_eval_mode = self.config.auxiliary_sampling == "eval" and self.auxiliary.training
-            losses, drawn = token_losses(
+            total, drawn = sum_of_losses(
                 self.auxiliary_lm_head, masked_states, masked_labels, draws=draws and not in_eval_mode
             )
-            mlm_loss = losses.sum() / num_masked
+            mlm_loss = total / num_masked
             if draws and in_eval_mode:
                 drawn = self._draw_in_eval_mode(input_ids, attention_mask, is_masked, masked_labels)
             if draws:
@@ -1223,27 +1313,27 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
             corrupted_input_ids, attention_mask, span_input_ids, span_attention_mask, **kwargs
         )
         hidden_states = main_output.last_hidden_state
-        if objective != "replaced_token_detection":
-            masked_states = self.corrective_lm_projection(hidden_states[is_masked])
-            losses, _ = token_losses(self.corrective_lm_head, masked_states, masked_labels)
-            if output_logits:
-                corrective_lm_logits = self.corrective_lm_head(masked_states)
-        if objective == "masked_lm":
-            mlm_loss = losses.sum() / num_masked
-        detection_loss = correction_loss = sequence_loss = mlm_loss.new_zeros(())
+        detection_loss = correction_loss = sequence_loss = hidden_states.new_zeros((), dtype=torch.float32)
+        loss_of = None
         if objective != "masked_lm":
             copy_logits = self.copy_head(hidden_states).squeeze(-1)
             is_original = corrupted_input_ids == torch.where(is_masked, labels, input_ids)
             detection_loss = copy_loss(copy_logits[is_token], is_original[is_token], num_tokens)
-        if objective == "corrective_lm":
-            correction_loss = corrective_lm_loss(
-                losses,
-                copy_logits[is_masked],
-                masked_labels,
-                corrupted_input_ids[is_masked],
-                form=self.config.corrective_lm_form,
-                num_masked=num_masked,
-            )
+            sampled, masked_logits = corrupted_input_ids[is_masked], copy_logits[is_masked]
+            form = self.config.corrective_lm_form
+
+            def loss_of(losses, rows):
+                return corrective_lm_loss(losses, masked_logits[rows], masked_labels[rows], sampled[rows], form, 1)
+
+        if objective != "replaced_token_detection":
+            masked_states = self.corrective_lm_projection(hidden_states[is_masked])
+            total, _ = sum_of_losses(self.corrective_lm_head, masked_states, masked_labels, loss_of)
+            if objective == "masked_lm":
+                mlm_loss = total / num_masked
+            else:
+                correction_loss = total / num_masked
+            if output_logits:
+                corrective_lm_logits = self.corrective_lm_head(masked_states)
         loss = mlm_loss + self.config.copy_loss_weight * detection_loss + correction_loss
 
         embeddings = span_embeddings = None
@@ -1352,7 +1442,7 @@ class CocoLMForPretraining(CocoLMPreTrainedModel):
         states = self._auxiliary_states(input_ids, attention_mask, is_masked)
         for module, mode in modes.items():
             module.training = mode
-        return token_losses(self.auxiliary_lm_head, states, labels, draws=True)[1]
+        return sum_of_losses(self.auxiliary_lm_head, states, labels, draws=True)[1]
 
     def _gathers(self) -> bool:
         """Whether texts are contrasted over all ranks: only in training, where every rank takes every step."""

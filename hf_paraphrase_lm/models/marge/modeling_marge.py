@@ -884,40 +884,51 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 class _SumOfLosses(torch.autograd.Function):
     """-log p of all labels, summed up, for scores without a bias.
 
-    Gradients are computed along with it, so that scores are computed once, chunk by chunk. They add up in float32, and
-    so do the losses, unlike those of torch's `linear_cross_entropy`, which are of the type of the product.
+    Gradients are computed along with it, so that scores are computed once.
     """
 
     @staticmethod
     def forward(ctx, states, weight, labels, size):
-        # states (tokens, hidden), weight (vocab, hidden), labels (tokens,)
-        ctx.dtypes, dtype = (states.dtype, weight.dtype), product_dtype(states)
-        states, weight = states.to(dtype), weight.to(dtype)
-        needs_states, needs_weight = ctx.needs_input_grad[:2]
-        of_states = torch.empty_like(states) if needs_states else None
-        of_weight = None
-        loss = torch.zeros((), dtype=torch.float32, device=states.device)
-        for first in range(0, max(len(labels), 1), size):
-            part, chosen = states[first : first + size], labels[first : first + size, None]
-            scores = torch.log_softmax((part @ weight.T).float(), dim=-1)
-            loss -= scores.gather(1, chosen).sum()
-            if needs_states or needs_weight:
-                # Of the softmax: the probabilities, less 1 at the label.
-                change = scores.exp_().scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).to(dtype)
-                del scores
-            if needs_states:
-                torch.mm(change, weight, out=of_states[first : first + size])
-            if needs_weight:
-                product = change.T @ part
-                of_weight = product.float() if of_weight is None else of_weight.add_(product)
-        ctx.save_for_backward(of_states, of_weight)
+        ctx.save_for_backward(states, weight, labels)
+        ctx.settings = size, product_dtype(states)
+        loss, ctx.gradients = _linear_losses(states, weight, labels, *ctx.settings, any(ctx.needs_input_grad))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        changes = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(change if change is None else (change * gradient).to(dtype) for change, dtype in changes), None, None
+        # They are given away, as large as they are, and computed again for another pass through a retained graph.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            gradients = _linear_losses(*ctx.saved_tensors, *ctx.settings, is_trained=True)[1]
+        pairs = zip(gradients, ctx.saved_tensors, strict=False)
+        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), None, None
+
+
+def _linear_losses(states, weight, labels, size, dtype, is_trained):
+    """The sum of the losses and, chunk by chunk like these, the gradients for states and weight.
+
+    Products are of type `dtype`. The gradients of the weight add up in float32, and so do the losses, unlike those of
+    torch's `linear_cross_entropy`, which are of the type of the product.
+
+    Args:
+        states, weight, labels: `(tokens, hidden)`, `(vocab, hidden)`, `(tokens,)`.
+    """
+    states, weight = states.to(dtype), weight.to(dtype)
+    of_states, of_weight = torch.empty_like(states) if is_trained else None, None
+    loss = torch.zeros((), dtype=torch.float32, device=states.device)
+    for first in range(0, max(len(labels), 1), size):
+        part, chosen = states[first : first + size], labels[first : first + size, None]
+        scores = torch.log_softmax((part @ weight.T).float(), dim=-1)
+        loss -= scores.gather(1, chosen).sum()
+        if is_trained:
+            # Of the softmax: the probabilities, less 1 at the label.
+            change = scores.exp_().scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).to(dtype)
+            del scores
+            torch.mm(change, weight, out=of_states[first : first + size])
+            product = change.T @ part
+            of_weight = product.float() if of_weight is None else of_weight.add_(product)
+    return loss, (of_states, of_weight) if is_trained else None
 
 
 def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head: nn.Module) -> torch.Tensor:
