@@ -25,11 +25,11 @@ FLOP/s are those of the matrix products that a model has to do for these tokens 
 product of large square matrices in the same type. The best type of a side is marked. Peak memory is that of the
 process above what it had with all data and without a model; on CUDA, all that PyTorch had allocated. Linux only.
 
---growth measures ours alone, in the first of --dtypes: an update by the evidence of a group, the length of documents
-(here the longest ones of the corpus) and the number of groups; and a refresh, `EvidenceDataset.find_groups`, by the
-size of the corpus. The last columns are the time over that which is proportional to the size, by the first row: tokens
-are the size of an update, documents that of a refresh; and of an update over that which is proportional to its FLOPs,
-of which a token takes the more, the more tokens it attends to.
+--growth measures ours alone, in the first of --dtypes: an update by the evidence of one group, by the length of its
+documents (here the longest ones of the corpus) and by the number of groups; and a refresh,
+`EvidenceDataset.find_groups`, by the size of the corpus. The last columns are the time over that which is proportional
+to the size, by the first row: tokens are the size of an update, documents that of a refresh; and of an update over that
+which is proportional to its FLOPs, of which a token takes the more, the more tokens it attends to.
 """
 
 import argparse
@@ -302,7 +302,7 @@ def compare(args, settings: dict):
 def grow(args, settings: dict):
     """The table of ours by size."""
     rows = []
-    same = {"model": "marge", "side": "ours", "dtype": args.dtypes[0], "longest": True}
+    same = {"model": "marge", "side": "ours", "dtype": args.dtypes[0], "longest": True, "batch_size": 1}
     series = {name: [same | {name: value} for value in values] for name, values in GROWTH.items()}
     series["refresh"] = [same | {"model": "refresh", "part": part} for part in REFRESH]
     for name, cases in series.items():
@@ -344,7 +344,7 @@ def main():
     measuring.marge_arguments(parser)
     parser.add_argument("--num_targets", type=int, default=4, help="targets of a group")
     parser.add_argument("--num_evidence", type=int, default=4, help="evidence documents of a group, or of a target")
-    parser.add_argument("--batch_size", type=int, default=1, help="groups in a batch")
+    parser.add_argument("--batch_size", type=int, default=4, help="groups in a batch")
     parser.add_argument("--main_layers", type=int, default=4, help="of COCO-LM's main network")
     parser.add_argument("--auxiliary_layers", type=int, default=1, help="of COCO-LM's auxiliary network")
     parser.add_argument("--text_length", type=int, default=128, help="longest text of COCO-LM, in tokens")

@@ -124,6 +124,14 @@ def copy_loss(
     return loss / num_tokens
 
 
+def filling(rows: int) -> int:
+    """How many rows to add to a matrix, at most a sixteenth, so that there are 16 sizes between one and its double.
+
+    Our choice: a CPU compiles kernels for every size that it multiplies, and keeps them, which costs time and memory.
+    """
+    return -rows % (1 << max(rows.bit_length() - 5, 0))
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call is nothing but that of its class: no adapter, no hook, no offloading."""
     hooks = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -158,6 +166,7 @@ def sum_of_losses(
     size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
     decoder = lm_head.decoder if is_plain(lm_head, CocoLMLMHead) else lm_head
     if is_plain(decoder, nn.Linear) and not torch.compiler.is_compiling():
+        hidden_states = F.pad(hidden_states, (0, 0, 0, filling(len(labels))))
         if decoder is not lm_head:
             hidden_states = lm_head.transform(hidden_states)
         return _SumOfLosses.apply(hidden_states, decoder.weight, decoder.bias, labels, loss_of, draws, size)
@@ -213,34 +222,41 @@ def _linear_losses(states, weight, bias, labels, loss_of, size, dtype, draws, is
     Products are of type `dtype`. Losses and the gradients of weight and bias add up in float32.
 
     Args:
-        states, weight, bias, labels: `(tokens, hidden)`, `(vocab, hidden)`, `(vocab,)`, `(tokens,)`.
+        states, weight, bias: `(rows, hidden)`, `(vocab, hidden)`, `(vocab,)`.
+        labels: `(tokens,)`: of the first rows; what else there is has no loss.
     """
     states, weight, bias = (tensor.to(dtype) for tensor in (states, weight, bias))
     of_states, of_weight, of_bias = torch.empty_like(states) if is_trained else None, None, 0.0
     loss, drawn = torch.zeros((), dtype=torch.float32, device=states.device), []
-    for first in range(0, max(len(labels), 1), size):
+    filled = F.pad(labels, (0, len(states) - len(labels)))[:, None]
+    for first in range(0, max(len(states), 1), size):
         rows = slice(first, first + size)
-        part, chosen = states[rows], labels[rows, None]
-        scores = torch.log_softmax(F.linear(part, weight, bias).float(), dim=-1)
-        own = -scores.gather(1, chosen).squeeze(1)
+        part, chosen = states[rows], filled[rows]
+        # In place, because there is no larger tensor.
+        scores = F.linear(part, weight, bias).float()
+        highest, own = scores.amax(dim=-1, keepdim=True), scores.gather(1, chosen)
+        total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+        own = (highest + total.log() - own).squeeze(1)[: max(len(labels) - first, 0)]
         with torch.set_grad_enabled(is_trained):
             own.requires_grad_(is_trained)
             change = loss_of(own, rows)
         loss += change.detach()
         if draws or is_trained:
-            scores.exp_()
+            scores.div_(total)
         if draws:
             drawn.append(_draw(scores))
         if is_trained:
             # Of the softmax: the probabilities, less 1 at the label.
             (share,) = torch.autograd.grad(change, own)
+            share = F.pad(share, (0, len(part) - len(share)))
             change = scores.scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).mul_(share[:, None])
             of_bias = of_bias + change.sum(0)
             change = change.to(dtype)
             torch.mm(change, weight, out=of_states[rows])
             product = change.T @ part
             of_weight = product.float() if of_weight is None else of_weight.add_(product)
-    return loss, torch.cat(drawn) if draws else None, (of_states, of_weight, of_bias) if is_trained else None
+    drawn = torch.cat(drawn)[: len(labels)] if draws else None
+    return loss, drawn, (of_states, of_weight, of_bias) if is_trained else None
 
 
 def corrective_lm_loss(
@@ -369,21 +385,22 @@ def _draw(probabilities: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Batches:
-    """Texts of like length in batches for attention, where all else takes the tokens of all texts: `(tokens, size)`.
+    """Texts of like length in batches for attention, where all else takes the tokens of all texts: `(rows, size)`.
 
     Args:
-        tokens: Where each token stands in the padded texts, all one after the other, `(tokens,)`, int64. Longer texts
-            come first.
+        tokens: Where each token stands in the padded texts, all one after the other, `(rows,)`, int64. Longer texts
+            come first. Rows beyond them are copies of the first token, which nothing reads; see `filling`.
         shapes: Rows and length of each batch.
         masks: Of each batch, where it has tokens, `(rows, length)`, bool; `None` for one without padding.
-        places: Where each token stands in the rows of all batches, `(tokens,)`, int64; the other places are padding.
-            `None` if there is none.
+        places: Where each token stands in the rows of all batches, `(rows,)`, int64; the other places are padding.
+        num_tokens: Tokens, without those that fill up.
     """
 
     tokens: torch.Tensor
     shapes: list[tuple[int, int]]
     masks: list[torch.Tensor | None]
-    places: torch.Tensor | None
+    places: torch.Tensor
+    num_tokens: int
 
     @classmethod
     def of(cls, attention_mask: torch.Tensor) -> "Batches | None":
@@ -408,8 +425,8 @@ class Batches:
         for part, (_, length) in zip(counts.split([rows for rows, _ in shapes]), shapes, strict=True):
             is_full = part.min() == length
             masks.append(None if is_full else (torch.arange(length) < part[:, None]).to(device))
-        is_full = len(places) == row_lengths.sum()
-        return cls(tokens.to(device), shapes, masks, None if is_full else places.to(device))
+        tokens, places = (F.pad(x, (0, filling(len(x))), value=int(x[0])).to(device) for x in (tokens, places))
+        return cls(tokens, shapes, masks, places, len(in_text))
 
     @staticmethod
     def _shapes(lengths: list[int]) -> list[tuple[int, int]]:
@@ -428,27 +445,28 @@ class Batches:
         return shapes
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
-        """`(texts, length, size)` -> `(tokens, size)`."""
+        """`(texts, length, size)` -> `(rows, size)`."""
         return padded.flatten(0, 1).index_select(0, self.tokens)
 
     def put(self, states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """The reverse of `take`, to `(texts, length)`; 0 where padded."""
         padded = states.new_zeros(shape.numel(), states.shape[-1])
-        return padded.index_copy_(0, self.tokens.to(states.device), states).unflatten(0, shape)
+        return self._copy(states, self.tokens, padded).unflatten(0, shape)
 
     def split(self, states: torch.Tensor) -> list[torch.Tensor]:
-        """`(tokens, size)` -> of each batch `(rows, length, size)`, 0 where padded."""
+        """`(rows, size)` -> of each batch `(rows, length, size)`, 0 where padded."""
         sizes = [rows * length for rows, length in self.shapes]
-        if self.places is not None:
-            padded = states.new_zeros(sum(sizes), states.shape[-1])
-            # Layers may be on other devices than the mask.
-            states = padded.index_copy_(0, self.places.to(states.device), states)
-        return [part.unflatten(0, shape) for part, shape in zip(states.split(sizes), self.shapes, strict=True)]
+        padded = self._copy(states, self.places, states.new_zeros(sum(sizes), states.shape[-1]))
+        return [part.unflatten(0, shape) for part, shape in zip(padded.split(sizes), self.shapes, strict=True)]
 
     def join(self, batches: list[torch.Tensor]) -> torch.Tensor:
         """The reverse of `split`."""
         states = torch.cat([batch.flatten(0, 1) for batch in batches])
-        return states if self.places is None else states.index_select(0, self.places.to(states.device))
+        return states.index_select(0, self.places.to(states.device))
+
+    def _copy(self, states: torch.Tensor, places: torch.Tensor, padded: torch.Tensor) -> torch.Tensor:
+        # Layers may be on other devices than the mask.
+        return padded.index_copy_(0, places[: self.num_tokens].to(states.device), states[: self.num_tokens])
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
@@ -495,7 +513,7 @@ class CocoLMSelfAttention(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,  # (batch, length, hidden_size), or with `batches` (tokens, hidden_size)
+        hidden_states: torch.Tensor,  # (batch, length, hidden_size), or with `batches` (rows, hidden_size)
         *attention_biases: torch.Tensor | None,  # with `batches` one of each
         batches: Batches | None = None,
         **kwargs,

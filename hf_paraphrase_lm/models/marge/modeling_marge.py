@@ -919,11 +919,14 @@ def _linear_losses(states, weight, labels, size, dtype, is_trained):
     loss = torch.zeros((), dtype=torch.float32, device=states.device)
     for first in range(0, max(len(labels), 1), size):
         part, chosen = states[first : first + size], labels[first : first + size, None]
-        scores = torch.log_softmax((part @ weight.T).float(), dim=-1)
-        loss -= scores.gather(1, chosen).sum()
+        # In place, because there is no larger tensor.
+        scores = (part @ weight.T).float()
+        highest, own = scores.amax(dim=-1, keepdim=True), scores.gather(1, chosen)
+        total = scores.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+        loss += (highest + total.log() - own).sum()
         if is_trained:
             # Of the softmax: the probabilities, less 1 at the label.
-            change = scores.exp_().scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).to(dtype)
+            change = scores.div_(total).scatter_add_(1, chosen, scores.new_full(chosen.shape, -1.0)).to(dtype)
             del scores
             torch.mm(change, weight, out=of_states[first : first + size])
             product = change.T @ part
