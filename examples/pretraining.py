@@ -23,7 +23,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, TrainingArguments, get_linear_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_paraphrase_lm import __version__, train_tokenizer
+from hf_paraphrase_lm import __version__, keep_freed_memory, train_tokenizer
 from runs import DataArguments, ModelArguments, full_disk_explained, override
 
 logger = logging.getLogger(__name__)
@@ -189,6 +189,8 @@ def make_accelerator(args: LoopArguments) -> Accelerator:
         # The scripts divide losses themselves: the last update of an epoch may have fewer batches.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     # It would say at every checkpoint that shared weights are saved once.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     return accelerator

@@ -39,7 +39,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__
+from hf_paraphrase_lm import CocoLMConfig, StopOnInterruptCallback, __version__, keep_freed_memory
 from hf_paraphrase_lm.retrieval import FolderClaim
 from hf_paraphrase_lm.training import last_checkpoint
 
@@ -323,7 +323,9 @@ def load_file(file: Path):
 
 
 def check_run(training: TrainingArguments, *others):
-    """Before training, does what `note_arguments` does with these and the other arguments."""
+    """Before training, does what `note_arguments` does with these and the other arguments; on a CPU, keeps memory."""
+    if training.device.type == "cpu":
+        keep_freed_memory()
     if training.do_train:
         goes_on = last_checkpoint(Path(training.output_dir)) is not None
         note_arguments(goes_on, training.process_index == 0, training, *others)

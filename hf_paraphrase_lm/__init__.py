@@ -33,6 +33,7 @@ from .training import (
     NewMasksCallback,
     RefreshIndexCallback,
     StopOnInterruptCallback,
+    keep_freed_memory,
 )
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "StopOnInterruptCallback",
     "chunk_documents",
     "hub",
+    "keep_freed_memory",
     "load_token_array",
     "train_tokenizer",
 ]

@@ -22,7 +22,7 @@ from datasets import Dataset, disable_progress_bars, load_from_disk
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from hf_paraphrase_lm import chunk_documents, train_tokenizer
+from hf_paraphrase_lm import chunk_documents, keep_freed_memory, train_tokenizer
 from hf_paraphrase_lm.data import load_python_docs
 
 CHILD = "--measure"
@@ -149,6 +149,8 @@ def serve(prepare: Callable[[argparse.Namespace, Callable], tuple[dict, Callable
     """
     case, answers, base = argparse.Namespace(**json.loads(sys.argv[2])), sys.stdout, [0.0]
     torch.manual_seed(case.seed)
+    if case.device == "cpu":
+        keep_freed_memory()
     disable_progress_bars()
 
     def mark_base():

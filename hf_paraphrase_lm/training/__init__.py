@@ -6,6 +6,7 @@ from .component_losses import LogComponentLossesCallback
 from .corrective_lm_trainer import CorrectiveLMTrainer, global_batch
 from .evidence_metrics import LogEvidenceCallback
 from .interrupt import StopOnInterruptCallback
+from .memory import keep_freed_memory
 from .metrics import corrective_lm_metrics, evidence_losses, recall_at_k
 from .new_masks import NewMasksCallback
 from .refresh import RefreshIndexCallback
@@ -21,6 +22,7 @@ __all__ = [
     "evidence_losses",
     "evidence_use",
     "global_batch",
+    "keep_freed_memory",
     "last_checkpoint",
     "recall_at_k",
     "set_aside_half_checkpoints",
