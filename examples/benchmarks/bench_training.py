@@ -9,8 +9,8 @@ marge-pytorch asks for faiss-gpu, which no index has for today's Python, hence -
 changed in these packages so that they run, and how they get our number of parameters, which is checked.
 
 All sides do the same updates on the same documents in turns: zero gradients, loss, gradients, one step of the same
-AdamW, without dropout. A round is one pass over the same few batches; the table has the median of the rounds. The
-sides:
+AdamW, without dropout. On a CPU ours keep the memory of large tensors, as our scripts do. A round is one pass over the
+same few batches; the table has the median of the rounds. The sides:
 
     marge   ours                each group of targets shares its evidence, as in the paper
             ours-own-evidence   each target has evidence of its own: the same tensors as marge-pytorch

@@ -149,7 +149,8 @@ def serve(prepare: Callable[[argparse.Namespace, Callable], tuple[dict, Callable
     """
     case, answers, base = argparse.Namespace(**json.loads(sys.argv[2])), sys.stdout, [0.0]
     torch.manual_seed(case.seed)
-    if case.device == "cpu":
+    # As our scripts do, and the other packages do not.
+    if case.device == "cpu" and case.side.startswith("ours"):
         keep_freed_memory()
     disable_progress_bars()
 
