@@ -169,7 +169,10 @@ def sum_of_losses(
         hidden_states = F.pad(hidden_states, (0, 0, 0, filling(len(labels))))
         if decoder is not lm_head:
             hidden_states = lm_head.transform(hidden_states)
-        return _SumOfLosses.apply(hidden_states, decoder.weight, decoder.bias, labels, loss_of, draws, size)
+        tensors, dtype = (hidden_states, decoder.weight, decoder.bias, labels), product_dtype(hidden_states)
+        if torch.is_grad_enabled():
+            return _SumOfLosses.apply(*tensors, loss_of, size, dtype, draws)
+        return _linear_losses(*tensors, loss_of, size, dtype, draws, is_trained=False)[:2]
 
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
@@ -194,13 +197,11 @@ class _SumOfLosses(torch.autograd.Function):
     """`sum_of_losses` of a linear layer. Gradients are computed along with it, so that logits are computed once."""
 
     @staticmethod
-    def forward(ctx, states, weight, bias, labels, loss_of, draws, size):
+    def forward(ctx, states, weight, bias, labels, loss_of, size, dtype, draws):
         ctx.save_for_backward(states, weight, bias, labels)
-        ctx.settings = loss_of, size, product_dtype(states)
-        is_trained = any(ctx.needs_input_grad)
-        loss, drawn, ctx.gradients = _linear_losses(
-            states, weight, bias, labels, *ctx.settings, draws=draws, is_trained=is_trained
-        )
+        ctx.settings, is_trained = (loss_of, size, dtype), any(ctx.needs_input_grad)
+        tensors = states, weight, bias, labels
+        loss, drawn, ctx.gradients = _linear_losses(*tensors, *ctx.settings, draws, is_trained)
         if draws:
             ctx.mark_non_differentiable(drawn)
         return loss, drawn
@@ -213,7 +214,7 @@ class _SumOfLosses(torch.autograd.Function):
         if gradients is None:
             gradients = _linear_losses(*ctx.saved_tensors, *ctx.settings, draws=False, is_trained=True)[2]
         pairs = zip(gradients, ctx.saved_tensors, strict=False)
-        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), None, None, None, None
+        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), *[None] * 5
 
 
 def _linear_losses(states, weight, bias, labels, loss_of, size, dtype, draws, is_trained):

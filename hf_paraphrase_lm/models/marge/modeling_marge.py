@@ -888,9 +888,9 @@ class _SumOfLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, states, weight, labels, size):
+    def forward(ctx, states, weight, labels, size, dtype):
         ctx.save_for_backward(states, weight, labels)
-        ctx.settings = size, product_dtype(states)
+        ctx.settings = size, dtype
         loss, ctx.gradients = _linear_losses(states, weight, labels, *ctx.settings, any(ctx.needs_input_grad))
         return loss
 
@@ -902,7 +902,7 @@ class _SumOfLosses(torch.autograd.Function):
         if gradients is None:
             gradients = _linear_losses(*ctx.saved_tensors, *ctx.settings, is_trained=True)[1]
         pairs = zip(gradients, ctx.saved_tensors, strict=False)
-        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), None, None
+        return *(part.mul_(gradient).to(tensor.dtype) for part, tensor in pairs), *[None] * 3
 
 
 def _linear_losses(states, weight, labels, size, dtype, is_trained):
@@ -953,7 +953,10 @@ def reconstruction_loss(states: torch.Tensor, labels: torch.LongTensor, lm_head:
     states, labels = states[is_label], labels[is_label]
     size = TOKENS_PER_CPU_CHUNK if device == "cpu" else TOKENS_PER_CHUNK
     if is_plain(lm_head, nn.Linear) and lm_head.bias is None and not torch.compiler.is_compiling():
-        return _SumOfLosses.apply(states, lm_head.weight, labels, size)
+        arguments = states, lm_head.weight, labels, size, product_dtype(states)
+        if torch.is_grad_enabled():
+            return _SumOfLosses.apply(*arguments)
+        return _linear_losses(*arguments, is_trained=False)[0]
 
     autocast = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
 
