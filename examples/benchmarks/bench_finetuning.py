@@ -4,8 +4,8 @@
 
 `--data` holds a folder for each task with train.parquet, validation.parquet and test.parquet. Every run is one command
 of run_classification.py or run_qa.py, with the same settings for both; it is printed first, and left out if results of
-the same command and the same weights are there already. Each of the two gets the learning rate that is best for it on
-the validation data of a task, with the first seed, of the same few. The table at the end is of the test data: mean and
+the same command and the same weights are there already. Of the same few learning rates, each of the two gets that whose
+mean over the seeds is best for it on the validation data of a task. The table at the end is of the test data: mean and
 standard deviation over the seeds.
 
 Random weights are those that the configuration draws, as in a model that nobody trained. A checkpoint that began with
@@ -94,16 +94,15 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("runs/finetuned"), help="folder of the runs")
     args = parser.parse_args()
 
-    first, *others = args.seeds
     arms = [(task, is_random) for task in args.tasks for is_random in (False, True)]
+    runs = [Run(*arm, rate, seed) for arm in arms for rate in args.learning_rates for seed in args.seeds]
     with ThreadPoolExecutor(args.processes) as pool:
+        scores = dict(zip(runs, pool.map(lambda run: measure(args, run), runs), strict=True))
 
-        def measure_all(runs: list[Run]) -> dict[Run, tuple[float, float]]:
-            return dict(zip(runs, pool.map(lambda run: measure(args, run), runs), strict=True))
+    def validation_score(arm: tuple[str, bool], rate: str) -> float:
+        return statistics.mean(scores[Run(*arm, rate, seed)][0] for seed in args.seeds)
 
-        scores = measure_all([Run(*arm, rate, first) for arm in arms for rate in args.learning_rates])
-        best = {arm: max(args.learning_rates, key=lambda rate: scores[Run(*arm, rate, first)][0]) for arm in arms}
-        scores |= measure_all([Run(*arm, best[arm], seed) for seed in others for arm in arms])
+    best = {arm: max(args.learning_rates, key=lambda rate: validation_score(arm, rate)) for arm in arms}
     print("| task | metric | random weights | pre-trained | learning rates |\n|---|---|---|---|---|")
     for task in args.tasks:
         cells = []
