@@ -1,4 +1,6 @@
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -102,6 +104,63 @@ def test_padding_and_batches_change_nothing():
     together = embed_documents(documents, network, PAD, batch_size=30, progress=False)
     alone = embed_documents(documents, network, PAD, batch_size=1, progress=False)
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.fixture
+def three_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+class Witness(Network):
+    """Notes the thread of each call, its cores and autocast, and how many documents it got."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        # All threads have to be in their first call at once, or this one fails.
+        self.meeting, self.met = threading.Barrier(3), set()
+
+    def embed(self, input_ids, attention_mask):
+        if threading.get_ident() not in self.met:
+            self.met.add(threading.get_ident())
+            self.meeting.wait(timeout=20)
+        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        self.calls.append((threading.get_ident(), torch.get_num_threads(), autocast, len(input_ids)))
+        return super().embed(input_ids, attention_mask)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_threads_share_cores_and_batch(dtype, three_cores):
+    documents, network = row_documents(50), Witness()
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        together = embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    threads, cores, autocasts, sizes = zip(*network.calls, strict=True)
+    assert len(set(threads)) == 3 and threading.get_ident() not in threads
+    assert set(cores) == {1} and set(autocasts) == {dtype} and sorted(sizes, reverse=True) == [8] * 6 + [2]
+    # Here, and for threads to come, everything is as before.
+    assert torch.get_num_threads() == 3 and torch.is_grad_enabled()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 3
+    torch.set_num_threads(1)
+    alone = Network()
+    alone.load_state_dict(network.state_dict())
+    np.testing.assert_allclose(together, embed_documents(documents, alone, PAD, 8, progress=False), atol=1e-6)
+
+
+def test_error_in_a_thread_ends_all(three_cores):
+    network, calls = Network(), []
+
+    def embed(input_ids, attention_mask):
+        calls.append(len(input_ids))
+        raise KeyboardInterrupt
+
+    network.embed = embed
+    with pytest.raises(KeyboardInterrupt):
+        embed_documents(row_documents(50), network, PAD, batch_size=24, progress=False)
+    assert len(calls) < 7 and torch.get_num_threads() == 3
 
 
 def test_half_precision_embedders_give_float32():

@@ -632,6 +632,67 @@ def test_embedding_is_the_same_in_every_mode(batch):
     torch.testing.assert_close(alone[0], expected[1, 1], rtol=0, atol=1e-6)
 
 
+def test_embedding_without_gradients_needs_no_keys_and_values(batch):
+    model = make_model()
+    attention = model.model.encoder.layers[model.config.retrieval_layers - 1].self_attn
+    calls = []
+    torch.nn.init.normal_(attention.k_proj.bias)
+    torch.nn.init.normal_(attention.v_proj.bias)
+    expected = model.embed(batch["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(batch["input_ids"]), expected.detach(), rtol=0, atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model.embed(batch["input_ids"]), expected.detach(), rtol=0, atol=0.02)
+    # What is added to a projection, such as an adapter, is not passed over.
+    attention.k_proj.register_forward_hook(lambda module, args, output: calls.append(module))
+    attention.v_proj.register_forward_hook(lambda module, args, output: 2 * output)
+    changed = model.embed(batch["input_ids"])
+    with torch.no_grad():
+        torch.testing.assert_close(model.embed(batch["input_ids"]), changed.detach(), rtol=0, atol=1e-6)
+    assert len(calls) == 2 and not torch.allclose(changed, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", [1, 200, 2**20])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 100.0, float("nan")])
+def test_attention_of_embeddings_on_a_cpu(scale, block, monkeypatch):
+    monkeypatch.setattr(modeling_marge, "SCORES_PER_BLOCK", block)
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 5, 2, 7, 8).bfloat16()
+    query = query * scale
+    mask = torch.zeros(5, 1, 7, 7).bfloat16()
+    mask[1, ..., 4:] = mask[4, ..., 1:] = modeling_marge.HIDDEN_SCORE
+    output, weights = modeling_marge.cpu_attention_forward(None, query, key, value, mask, 8**-0.5)
+    exact = [states.float() for states in (query, key, value, mask)]
+    expected, _ = modeling_marge.eager_attention_forward(None, *exact, 8**-0.5)
+    plain, _ = modeling_marge.eager_attention_forward(None, query, key, value, mask, 8**-0.5)
+    assert weights is None and output.shape == (5, 7, 2, 8) and output.dtype == torch.bfloat16
+    if scale == 100:  # Scores of hundreds are rounded by more than 1, but by either kernel alike.
+        torch.testing.assert_close(output, plain, rtol=0, atol=0.05)
+    else:
+        torch.testing.assert_close(output.float(), expected, rtol=0, atol=0.05, equal_nan=True)
+        assert scale != 0 or torch.equal(output[4], value[4, :, :1].transpose(0, 1).expand(7, -1, -1))
+
+
+def test_bfloat16_embeddings_on_a_cpu_use_their_attention(batch, monkeypatch):
+    model, calls = make_model(), []
+    kernel = modeling_marge.cpu_attention_forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_marge, "cpu_attention_forward", counted)
+    expected = model.embed(batch["input_ids"])
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            embeddings = model.embed(batch["input_ids"])
+        torch.testing.assert_close(embeddings, expected.detach(), rtol=0, atol=0.02 if enabled else 1e-6)
+        assert len(calls) == enabled * (model.config.retrieval_layers - 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.embed(batch["input_ids"]).sum().backward()
+    assert len(calls) == model.config.retrieval_layers - 1
+
+
 def test_dropout_where_it_belongs(batch):
     model = make_model(hidden_dropout_prob=0.3).train()
     assert model(**batch).loss != model(**batch).loss

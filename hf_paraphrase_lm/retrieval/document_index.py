@@ -105,7 +105,7 @@ class DocumentIndex:
             embedder: any object with `embed(input_ids, attention_mask)`, see `embed_documents`.
             pad_token_id: of the documents' tokenizer.
             factory: string for `faiss.index_factory`; "Flat" searches exactly. Others are trained on a random sample.
-            batch_size: documents in one call of `embed`.
+            batch_size: documents that are embedded at once.
             seed: of that sample.
             progress: show a bar.
 
@@ -196,7 +196,7 @@ class DocumentIndex:
             embedder: of the documents, embeds all of them once more: exact for any index. None compares with the
                 vectors in the index, which leaves out what an index that compresses them (SQ, PQ, PCA) has lost.
             pad_token_id: of the documents' tokenizer, with `embedder`.
-            batch_size: documents in one call of `embed`.
+            batch_size: documents that are embedded at once.
             progress: show a bar.
 
         Returns:

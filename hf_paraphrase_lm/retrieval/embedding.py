@@ -5,7 +5,8 @@ An embedder is any object with `embed(input_ids, attention_mask)`: `LongTensor`s
 f(x, z) = cosine(g(x), g(z)) of MARGE (Lewis et al. 2020, section 2).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain
 
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 
 # Rows are sorted by length within blocks of this many batches: memory does not grow with the corpus. Our choice.
 BATCHES_PER_BLOCK = 64
+# On a CPU, threads share a batch down to so many documents each. Our choice: fewer keep a core less busy.
+LEAST_DOCUMENTS_PER_THREAD = 8
 # Slack for embeddings that were normalised in bfloat16 (8 bits).
 NORM_TOLERANCE = 0.02
 
@@ -42,6 +45,32 @@ def evaluation_mode(model) -> Iterator[torch.device]:
             module.training = True
 
 
+@contextmanager
+def map_in_threads(threads: int) -> Iterator[Callable]:
+    """Yields a `map` whose calls run in threads that share the CPU's cores, without gradients, under the same autocast.
+
+    Two cores are busier with two small batches than with one that both work on, where the one waits for the other after
+    each operation, and both for Python.
+    """
+    if threads == 1:
+        yield map
+        return
+    cores, dtype, enabled = torch.get_num_threads(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+
+    def begin():
+        # All this is a thread's own and ends with it.
+        torch.set_num_threads(cores // threads)
+        torch.set_grad_enabled(False)
+        torch.autocast("cpu", dtype, enabled=enabled).__enter__()
+
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="embed", initializer=begin) as pool:
+            yield pool.map
+    finally:
+        # Later threads would begin with the number that was set last.
+        torch.set_num_threads(cores)
+
+
 def pad_documents(documents: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns `input_ids` and `attention_mask`, both int64 of shape `(n, longest)`, padded on the right."""
     lengths = torch.tensor([len(ids) for ids in documents])
@@ -63,9 +92,10 @@ def embed_documents(
 
     Args:
         documents: dataset with the column `input_ids`.
-        embedder: see the top of this file; an `nn.Module` keeps its modes.
+        embedder: see the top of this file; an `nn.Module` keeps its modes. One on a CPU is called by several threads
+            at once, each with its share of the batch and of `torch.get_num_threads()`.
         pad_token_id: fills the shorter documents of a batch, masked out.
-        batch_size: documents in one call of `embed`.
+        batch_size: documents that are embedded at once.
         rows: int64 of shape `(n,)`, which documents, in which order; all if None.
         progress: show a bar, or a bar to advance by one a document.
 
@@ -82,27 +112,36 @@ def embed_documents(
     texts = documents.select_columns("input_ids").with_format(None)
     embeddings = None
     bar = progress if isinstance(progress, tqdm) else tqdm(total=len(rows), desc="embed", disable=not progress)
+
+    def embed(batch: list[list[int]]) -> np.ndarray:
+        input_ids, attention_mask = pad_documents(batch, pad_token_id)
+        vectors = embedder.embed(input_ids.to(device), attention_mask.to(device))
+        return vectors.detach().to("cpu", torch.float32).numpy()
+
     try:
         with evaluation_mode(embedder) as device:
-            for start in range(0, len(rows), batch_size * BATCHES_PER_BLOCK):
-                block = rows[start : start + batch_size * BATCHES_PER_BLOCK]
-                ids = texts[block.tolist()]["input_ids"]
-                by_length = sorted(range(len(block)), key=lambda i: -len(ids[i]))
-                if not ids[by_length[-1]]:
-                    raise ValueError(
-                        f"Row {block[by_length[-1]]} of the documents has no tokens, so it has no embedding. "
-                        "Drop empty documents, as chunk_documents does."
-                    )
-                for first in range(0, len(block), batch_size):
-                    batch = by_length[first : first + batch_size]
-                    input_ids, attention_mask = pad_documents([ids[i] for i in batch], pad_token_id)
-                    vectors = embedder.embed(input_ids.to(device), attention_mask.to(device))
-                    vectors = vectors.detach().to("cpu", torch.float32).numpy()
-                    _check(vectors, block[batch])
-                    if embeddings is None:
-                        embeddings = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
-                    embeddings[start + np.array(batch)] = vectors
-                    bar.update(len(batch))
+            on_cpu = isinstance(embedder, nn.Module) and device.type == "cpu"
+            cores = torch.get_num_threads() if on_cpu else 1
+            threads = max(1, min(cores, batch_size // LEAST_DOCUMENTS_PER_THREAD))
+            size = batch_size // threads
+            with map_in_threads(threads) as map_batches:
+                for start in range(0, len(rows), batch_size * BATCHES_PER_BLOCK):
+                    block = rows[start : start + batch_size * BATCHES_PER_BLOCK]
+                    ids = texts[block.tolist()]["input_ids"]
+                    by_length = sorted(range(len(block)), key=lambda i: -len(ids[i]))
+                    if not ids[by_length[-1]]:
+                        raise ValueError(
+                            f"Row {block[by_length[-1]]} of the documents has no tokens, so it has no embedding. "
+                            "Drop empty documents, as chunk_documents does."
+                        )
+                    batches = [by_length[first : first + size] for first in range(0, len(block), size)]
+                    batches_of_ids = [[ids[i] for i in batch] for batch in batches]
+                    for batch, vectors in zip(batches, map_batches(embed, batches_of_ids), strict=True):
+                        _check(vectors, block[batch])
+                        if embeddings is None:
+                            embeddings = np.empty((len(rows), vectors.shape[1]), dtype=np.float32)
+                        embeddings[start + np.array(batch)] = vectors
+                        bar.update(len(batch))
     finally:
         if bar is not progress:
             bar.close()

@@ -279,7 +279,7 @@ class EvidenceDataset(torch.utils.data.Dataset):
             embedder: any object with `embed(input_ids, attention_mask)`, see `embed_documents`.
             pad_token_id: of the documents' tokenizer.
             shards: values of the column `shard` to take groups from; all if None. `dataset.shards` lists them.
-            batch_size: documents in one call of `embed`.
+            batch_size: documents that are embedded at once.
             progress: show a bar, of this process' part if its rank is 0; a document counts when embedded and when
                 compared.
             number: of the rebuild; it sets the random order in each shard, with the seed. None: `num_rebuilds`.

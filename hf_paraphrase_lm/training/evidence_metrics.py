@@ -76,7 +76,7 @@ class LogEvidenceCallback(TrainerCallback):
         max_groups: losses of so many groups of `held_out` only, the first ones; all if None. 64 is our choice.
         known_documents: dataset with the column `input_ids` and perhaps `language`, among them known paraphrases.
         known_groups: int `(documents,)`, the same for paraphrases of each other, -1 for none.
-        batch_size: documents in one call of `embed`.
+        batch_size: documents that are embedded at once.
         progress: show bars.
 
     Raises:

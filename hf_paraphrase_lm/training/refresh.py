@@ -52,10 +52,10 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
     search and has its groups, too; at a refresh it does not, because the resumed run searches again with the same
     weights, those of the checkpoint: let `save_steps` be a multiple of `refresh_steps`. What a process that was killed
     in a save has left of a checkpoint is renamed when the next Trainer is made with this callback, see
-    [`set_aside_half_checkpoints`]; without it, [`last_checkpoint`] finds the last whole one. `batch_size` and the
-    number of workers may change on the way, but then vectors differ in their last digits, and new groups come some
-    batches earlier or later. An evaluation during training with `dataloader_persistent_workers=True` makes dropout of a
-    resumed run another, because new workers draw a random number.
+    [`set_aside_half_checkpoints`]; without it, [`last_checkpoint`] finds the last whole one. `batch_size`, the
+    number of cores and that of workers may change on the way, but then vectors differ in their last digits, and new
+    groups come some batches earlier or later. An evaluation during training with `dataloader_persistent_workers=True`
+    makes dropout of a resumed run another, because new workers draw a random number.
 
     **Logs**, with the next loss (a step with a refresh is logged, unless `logging_strategy="no"`), as `refresh/...`:
     what the search returns, see `EvidenceDataset.find_groups`, where `seconds` is how long training stood still for it;
@@ -73,7 +73,7 @@ class RefreshIndexCallback(TrainerCallback, ExportableState):
         refresh_steps: updates from one refresh to the next.
         shards_per_refresh: how many shards to sample, see `EvidenceDataset.sample_shards`; all if None. Which ones
             follows from the dataset's seed and the step, so a resumed run samples the same.
-        batch_size: documents in one call of `embed`.
+        batch_size: documents that are embedded at once.
         progress: show a bar; "async" shows none.
         mode: "blocking" or "async".
 

@@ -54,6 +54,8 @@ COPY_SCALE = 0.5
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 # In training, self-attention pads a document to at most its length divided by this (our choice).
 LEAST_FILLED = 0.5
+# Scores that `cpu_attention_forward` holds at a time: in bfloat16 2 MB.
+SCORES_PER_BLOCK = 2**20
 
 
 @dataclass
@@ -229,6 +231,36 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def cpu_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """As `eager_attention_forward`, for bfloat16 on a CPU without gradients, where it is the fastest (our choice).
+
+    A few rows at a time, so that their scores stay in the cache. Their exponentials are divided by the sums only after
+    the product with the values, and no maximum is subtracted before: a softmax costs more than both products. Where
+    scores are too large or too small for that, it is the plain attention that computes them.
+    """
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    size = max(1, SCORES_PER_BLOCK // (heads * length * key.shape[2]))
+    blocks = (part.split(size) for part in (query, key, value, attention_mask, output))
+    for query, key, value, mask, result in zip(*blocks, strict=True):
+        weights = (query * scaling @ key.transpose(-2, -1)).add_(mask).exp_()
+        sums = weights.sum(-1, keepdim=True)
+        least, largest = sums.aminmax()
+        if least > 1e-30 and largest < 1e30:
+            result.copy_(((weights @ value) / sums).transpose(1, 2))
+        else:
+            result.copy_(eager_attention_forward(module, query, key, value, mask, scaling)[0])
+    return output, None
+
+
 class MargeOutputProjection(nn.Linear):
     """The last projection of a sub-layer, which adds to the residual stream.
 
@@ -272,10 +304,15 @@ class MargeAttention(nn.Module):
         dropout: bool = True,
         batches: Batches | None = None,
         first_only: bool = False,  # whether the first token alone is asked for; a mask is to be added then
+        attend: Callable | None = None,  # another kernel than that which `attn_implementation` names
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Autocast would make a copy for each product, and keep it for the backward pass.
         hidden_states = hidden_states.to(product_dtype(hidden_states))
+        is_bare = is_plain(self.k_proj, nn.Linear) and is_plain(self.v_proj, nn.Linear)
+        # With gradients, the bias of the keys would have none, though only because it is 0.
+        if first_only and is_bare and not torch.is_grad_enabled():
+            return self.attend_from_first(hidden_states, attention_mask), None
         queries = hidden_states[:, :1] if first_only else hidden_states
         states = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
         kwargs |= {"scaling": self.scaling, "dropout": self.dropout if dropout and self.training else 0.0}
@@ -287,10 +324,30 @@ class MargeAttention(nn.Module):
         query, key, value = map(self.split_heads, states)  # (batch, heads, length, head_dim)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
-        # Nothing is large with one query, so that no kernel is better than the plain one.
-        attend = partial(eager_attention_forward, self) if first_only else self.attend
+        if first_only:
+            # Nothing is large with one query, so that no kernel is better than the plain one.
+            attend = eager_attention_forward
+        attend = partial(attend, self) if attend is not None else self.attend
         output, weights = attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.flatten(2)), weights
+
+    def attend_from_first(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Self-attention of the first token alone, `(batch, 1, hidden)`.
+
+        A score is q (W_k x) = (q W_k) x, and the mean of W_v x is W_v times the mean of x. With one query that is
+        much less to compute than keys and values of all tokens. What the bias of the keys adds to all scores alike,
+        the softmax takes away.
+        """
+        key_weight, value_weight = (
+            projection.weight.unflatten(0, (self.num_heads, self.head_dim)) for projection in (self.k_proj, self.v_proj)
+        )
+        query = self.q_proj(hidden_states[:, 0]).unflatten(-1, (self.num_heads, self.head_dim))
+        query = torch.einsum("bhd,hdc->bhc", query, key_weight).unsqueeze(1)
+        # The heads' queries as those of one head, whose keys and values are the states.
+        states = hidden_states.unsqueeze(1)
+        means, _ = eager_attention_forward(self, query, states, states, attention_mask, self.scaling)
+        output = torch.einsum("bhc,hdc->bhd", means.squeeze(2), value_weight).flatten(1) + self.v_proj.bias
+        return self.out_proj(output.unsqueeze(1))
 
     def attend(self, *args, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The kernel that `attn_implementation` names, on (batch, heads, length, head_dim)."""
@@ -594,12 +651,18 @@ class MargeEncoder(MargeStack):
         length = input_ids.shape[-1]
         attention_mask = attention_mask.reshape(-1, length)
         hidden_states = self.add_positions(self.embed_ids(input_ids.reshape(-1, length)))
-        mask = create_bidirectional_mask(self.config, hidden_states, attention_mask)
+        dtype = product_dtype(hidden_states)
+        hidden = (HIDDEN_SCORE * ~attention_mask.bool())[:, None, None].to(dtype)
+        is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if (hidden.device.type, dtype) == ("cpu", torch.bfloat16) and not is_traced:
+            # Whole: long rows are faster to add than short ones.
+            mask, attend = hidden.expand(-1, -1, length, -1).contiguous(), cpu_attention_forward
+        else:
+            mask, attend = create_bidirectional_mask(self.config, hidden_states, attention_mask), None
         *layers, last = self.layers[: self.config.retrieval_layers]
         for layer in layers:
-            hidden_states = layer(hidden_states, mask, dropout=False)
+            hidden_states = layer(hidden_states, mask, dropout=False, attend=attend)
         # Nothing reads its other tokens.
-        hidden = (HIDDEN_SCORE * ~attention_mask.bool())[:, None, None].to(product_dtype(hidden_states))
         hidden_states = last(hidden_states, hidden, dropout=False, first_only=True)
         return first_token_embedding(hidden_states).view(*input_ids.shape[:-1], -1)
 
