@@ -1,5 +1,6 @@
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -117,6 +118,8 @@ def three_cores():
 class Witness(Network):
     """Notes the thread of each call, its cores and autocast, and how many documents it got."""
 
+    is_thread_safe = True
+
     def __init__(self):
         super().__init__()
         self.calls = []
@@ -150,17 +153,90 @@ def test_threads_share_cores_and_batch(dtype, three_cores):
     np.testing.assert_allclose(together, embed_documents(documents, alone, PAD, 8, progress=False), atol=1e-6)
 
 
-def test_error_in_a_thread_ends_all(three_cores):
-    network, calls = Network(), []
+def test_error_in_a_thread_ends_all(three_cores, monkeypatch):
+    network, calls, raised = Network(), [], threading.Event()
+    network.is_thread_safe = True
 
     def embed(input_ids, attention_mask):
         calls.append(len(input_ids))
-        raise KeyboardInterrupt
+        if len(calls) == 1:
+            raised.set()
+            raise KeyboardInterrupt
+        # So the calling thread has the time to cancel what is left.
+        assert raised.wait(20)
+        time.sleep(0.2)
+        return torch.ones(len(input_ids), 1)
 
-    network.embed = embed
+    monkeypatch.setattr(network, "embed", embed)
     with pytest.raises(KeyboardInterrupt):
-        embed_documents(row_documents(50), network, PAD, batch_size=24, progress=False)
-    assert len(calls) < 7 and torch.get_num_threads() == 3
+        embed_documents(row_documents(400), network, PAD, batch_size=24, progress=False)
+    assert len(calls) < 20 and torch.get_num_threads() == 3
+
+
+def test_threads_see_new_weights(three_cores):
+    """Autocast keeps weights in bfloat16 for as long as a thread is in it."""
+
+    class OwnAutocast(Network):
+        is_thread_safe = True
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def embed(self, input_ids, attention_mask):
+            with torch.autocast("cpu", torch.bfloat16):
+                return nn.functional.normalize(self.linear(super().embed(input_ids, attention_mask)).float(), dim=-1)
+
+    network, documents = OwnAutocast(), row_documents(50)
+    embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    network.linear.load_state_dict(nn.Linear(8, 8).state_dict())
+    after = embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    network.is_thread_safe = False
+    np.testing.assert_allclose(after, embed_documents(documents, network, PAD, progress=False), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch_size", "documents", "threads", "sizes"),
+    [
+        (3, 64, 7, 1, {7}),  # too few documents to share
+        (3, 16, 50, 1, {16, 2}),  # 2 threads would leave a core idle
+        (4, 16, 50, 2, {8, 2}),
+        (4, 64, 20, 2, {10}),  # fewer documents than a batch
+        (2, 5, 50, 1, {5}),
+    ],
+)
+def test_number_of_threads(cores, batch_size, documents, threads, sizes, three_cores):
+    seen = []
+
+    class Noting(Network):
+        is_thread_safe = True
+
+        def embed(self, input_ids, attention_mask):
+            seen.append((torch.get_num_threads(), len(input_ids)))
+            return super().embed(input_ids, attention_mask)
+
+    torch.set_num_threads(cores)
+    embed_documents(row_documents(documents), Noting(), PAD, batch_size=batch_size, progress=False)
+    assert {number for number, _ in seen} == {cores // threads} and {size for _, size in seen} == sizes
+
+
+def test_threads_only_where_they_are_safe(three_cores):
+    documents, callers = row_documents(50), set()
+
+    class Noting(Network):
+        def embed(self, input_ids, attention_mask):
+            callers.add(threading.get_ident())
+            return super().embed(input_ids, attention_mask)
+
+    network = Noting()
+    embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    network.is_thread_safe = True
+    hook = network.tokens.register_forward_hook(lambda *_: None)
+    embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    assert callers == {threading.get_ident()}
+    hook.remove()
+    embed_documents(documents, network, PAD, batch_size=24, progress=False)
+    assert len(callers) > 1
 
 
 def test_half_precision_embedders_give_float32():

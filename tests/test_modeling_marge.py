@@ -643,6 +643,12 @@ def test_embedding_without_gradients_needs_no_keys_and_values(batch):
         torch.testing.assert_close(model.embed(batch["input_ids"]), expected.detach(), rtol=0, atol=1e-6)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(model.embed(batch["input_ids"]), expected.detach(), rtol=0, atol=0.02)
+    without_bias = make_model()
+    attention_without_bias = without_bias.model.encoder.layers[model.config.retrieval_layers - 1].self_attn
+    attention_without_bias.v_proj.bias = None
+    with torch.no_grad():
+        embeddings = without_bias.embed(batch["input_ids"])
+    torch.testing.assert_close(embeddings, without_bias.embed(batch["input_ids"]).detach(), rtol=0, atol=1e-6)
     # What is added to a projection, such as an adapter, is not passed over.
     attention.k_proj.register_forward_hook(lambda module, args, output: calls.append(module))
     attention.v_proj.register_forward_hook(lambda module, args, output: 2 * output)

@@ -18,12 +18,13 @@ def layer(n: int, h: int, f: int, is_causal: bool = False) -> float:
 
 
 def embedding(config: MargeConfig, n: int) -> float:
-    """g of a document: the retrieval layers, of the last one keys and values and what its first token needs.
+    """g of a document: the retrieval layers, of the last one what its first token needs, without keys and values.
 
-    (R - 1) layer(n) + 2 n (2 h^2) + 2 (2 h^2 + 2 h f) + 4 n h
+    (R - 1) layer(n) + 2 (4 h^2 + 2 h f) + 4 n H h, where H heads read the states
     """
     h, f = config.hidden_size, config.encoder_intermediate_size
-    return (config.retrieval_layers - 1) * layer(n, h, f) + 4 * n * h**2 + 4 * h * (h + f) + 4 * n * h
+    first_token = 2 * (4 * h**2 + 2 * h * f) + 4 * n * config.num_attention_heads * h
+    return (config.retrieval_layers - 1) * layer(n, h, f) + first_token
 
 
 def marge(config: MargeConfig, targets: list[int], evidence: list[int]) -> float:

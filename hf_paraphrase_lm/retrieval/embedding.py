@@ -2,9 +2,11 @@
 
 An embedder is any object with `embed(input_ids, attention_mask)`: `LongTensor`s of shape `(n, length)` in, a
 `FloatTensor` of shape `(n, dim)` out, rows L2-normalised, so that the inner product of two rows is the relevance
-f(x, z) = cosine(g(x), g(z)) of MARGE (Lewis et al. 2020, section 2).
+f(x, z) = cosine(g(x), g(z)) of MARGE (Lewis et al. 2020, section 2). If it is an `nn.Module` on a CPU and has the
+attribute `is_thread_safe = True`, as MARGE does, several threads call `embed` at once, which is faster.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -55,20 +57,45 @@ def map_in_threads(threads: int) -> Iterator[Callable]:
     if threads == 1:
         yield map
         return
-    cores, dtype, enabled = torch.get_num_threads(), torch.get_autocast_dtype("cpu"), torch.is_autocast_enabled("cpu")
+    cores, dtype, caches = torch.get_num_threads(), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    has_autocast = torch.is_autocast_enabled("cpu")
+    begun = threading.Barrier(threads + 1)
 
     def begin():
-        # All this is a thread's own and ends with it.
+        # All this is a thread's own and ends with it. One that has never asked for its number would later set it anew.
+        torch.get_num_threads()
         torch.set_num_threads(cores // threads)
         torch.set_grad_enabled(False)
-        torch.autocast("cpu", dtype, enabled=enabled).__enter__()
+        if has_autocast:
+            torch.autocast("cpu", dtype, cache_enabled=caches).__enter__()
+        begun.wait()
 
-    try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="embed", initializer=begin) as pool:
-            yield pool.map
-    finally:
-        # Later threads would begin with the number that was set last.
-        torch.set_num_threads(cores)
+    with ThreadPoolExecutor(threads, thread_name_prefix="embed", initializer=begin) as pool:
+        try:
+            for _ in range(threads):
+                pool.submit(int)
+            begun.wait()
+        except BaseException:
+            begun.abort()
+            raise
+        finally:
+            # Others that begin later take the number that was set last.
+            torch.set_num_threads(cores)
+        yield pool.map
+
+
+def can_use_threads(embedder, device: torch.device) -> bool:
+    """Whether several threads may call `embed` at once, and gain by it: on a CPU, without hooks, which may keep state.
+
+    Hooks also move weights to the CPU and away again, where they do not fit into it.
+    """
+    hooks = "_forward_hooks", "_forward_pre_hooks"
+    return (
+        isinstance(embedder, nn.Module)
+        and device.type == "cpu"
+        and getattr(embedder, "is_thread_safe", False)
+        and not any("forward" in vars(m) or any(getattr(m, name) for name in hooks) for m in embedder.modules())
+    )
 
 
 def pad_documents(documents: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,8 +119,8 @@ def embed_documents(
 
     Args:
         documents: dataset with the column `input_ids`.
-        embedder: see the top of this file; an `nn.Module` keeps its modes. One on a CPU is called by several threads
-            at once, each with its share of the batch and of `torch.get_num_threads()`.
+        embedder: see the top of this file; an `nn.Module` keeps its modes. Threads that call it at once have each
+            their share of the batch and of `torch.get_num_threads()`.
         pad_token_id: fills the shorter documents of a batch, masked out.
         batch_size: documents that are embedded at once.
         rows: int64 of shape `(n,)`, which documents, in which order; all if None.
@@ -120,10 +147,11 @@ def embed_documents(
 
     try:
         with evaluation_mode(embedder) as device:
-            on_cpu = isinstance(embedder, nn.Module) and device.type == "cpu"
-            cores = torch.get_num_threads() if on_cpu else 1
-            threads = max(1, min(cores, batch_size // LEAST_DOCUMENTS_PER_THREAD))
-            size = batch_size // threads
+            cores, most = torch.get_num_threads(), min(batch_size, len(rows))
+            threads = min(cores, most // LEAST_DOCUMENTS_PER_THREAD) if can_use_threads(embedder, device) else 1
+            # All threads get the same number of cores, and no core is left over.
+            threads = next(number for number in range(max(1, threads), 0, -1) if cores % number == 0)
+            size = most // threads
             with map_in_threads(threads) as map_batches:
                 for start in range(0, len(rows), batch_size * BATCHES_PER_BLOCK):
                     block = rows[start : start + batch_size * BATCHES_PER_BLOCK]
@@ -180,6 +208,8 @@ class LexicalEmbedder(nn.Module):
         seed: of the projection.
         progress: show a bar while the tokens are counted.
     """
+
+    is_thread_safe = True
 
     def __init__(self, documents: Dataset, dim: int = 1024, seed: int = 0, progress: bool = True):
         super().__init__()

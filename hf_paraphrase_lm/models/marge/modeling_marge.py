@@ -250,14 +250,14 @@ def cpu_attention_forward(
     output = query.new_empty(batch, length, heads, value.shape[-1])
     size = max(1, SCORES_PER_BLOCK // (heads * length * key.shape[2]))
     blocks = (part.split(size) for part in (query, key, value, attention_mask, output))
-    for query, key, value, mask, result in zip(*blocks, strict=True):
-        weights = (query * scaling @ key.transpose(-2, -1)).add_(mask).exp_()
+    for queries, keys, values, mask, result in zip(*blocks, strict=True):
+        weights = (queries * scaling @ keys.transpose(-2, -1)).add_(mask).exp_()
         sums = weights.sum(-1, keepdim=True)
         least, largest = sums.aminmax()
         if least > 1e-30 and largest < 1e30:
-            result.copy_(((weights @ value) / sums).transpose(1, 2))
+            result.copy_(((weights @ values) / sums).transpose(1, 2))
         else:
-            result.copy_(eager_attention_forward(module, query, key, value, mask, scaling)[0])
+            result.copy_(eager_attention_forward(module, queries, keys, values, mask, scaling)[0])
     return output, None
 
 
@@ -309,9 +309,7 @@ class MargeAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Autocast would make a copy for each product, and keep it for the backward pass.
         hidden_states = hidden_states.to(product_dtype(hidden_states))
-        is_bare = is_plain(self.k_proj, nn.Linear) and is_plain(self.v_proj, nn.Linear)
-        # With gradients, the bias of the keys would have none, though only because it is 0.
-        if first_only and is_bare and not torch.is_grad_enabled():
+        if first_only and self.needs_no_keys():
             return self.attend_from_first(hidden_states, attention_mask), None
         queries = hidden_states[:, :1] if first_only else hidden_states
         states = self.q_proj(queries), self.k_proj(hidden_states), self.v_proj(hidden_states)
@@ -324,12 +322,20 @@ class MargeAttention(nn.Module):
         query, key, value = map(self.split_heads, states)  # (batch, heads, length, head_dim)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
-        if first_only:
-            # Nothing is large with one query, so that no kernel is better than the plain one.
-            attend = eager_attention_forward
         attend = partial(attend, self) if attend is not None else self.attend
         output, weights = attend(query, key, value, attention_mask, **kwargs)
         return self.out_proj(output.flatten(2)), weights
+
+    def needs_no_keys(self) -> bool:
+        """Whether `attend_from_first` computes what the projections would.
+
+        With gradients, the bias of the keys would have none, though only because it is 0.
+        """
+        projections = self.k_proj, self.v_proj
+        return not torch.is_grad_enabled() and all(
+            is_plain(module, nn.Linear) and type(module.weight) is nn.Parameter and module.bias is not None
+            for module in projections
+        )
 
     def attend_from_first(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Self-attention of the first token alone, `(batch, 1, hidden)`.
@@ -341,13 +347,13 @@ class MargeAttention(nn.Module):
         key_weight, value_weight = (
             projection.weight.unflatten(0, (self.num_heads, self.head_dim)) for projection in (self.k_proj, self.v_proj)
         )
-        query = self.q_proj(hidden_states[:, 0]).unflatten(-1, (self.num_heads, self.head_dim))
-        query = torch.einsum("bhd,hdc->bhc", query, key_weight).unsqueeze(1)
+        query = self.q_proj(hidden_states[:, :1]).unflatten(-1, (self.num_heads, self.head_dim))
+        query = torch.einsum("bihd,hdc->bihc", query, key_weight)
         # The heads' queries as those of one head, whose keys and values are the states.
         states = hidden_states.unsqueeze(1)
         means, _ = eager_attention_forward(self, query, states, states, attention_mask, self.scaling)
-        output = torch.einsum("bhc,hdc->bhd", means.squeeze(2), value_weight).flatten(1) + self.v_proj.bias
-        return self.out_proj(output.unsqueeze(1))
+        output = torch.einsum("bhic,hdc->bihd", means, value_weight).flatten(2) + self.v_proj.bias
+        return self.out_proj(output)
 
     def attend(self, *args, **kwargs: Unpack[TransformersKwargs]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The kernel that `attn_implementation` names, on (batch, heads, length, head_dim)."""
@@ -575,6 +581,8 @@ class MargePreTrainedModel(PreTrainedModel):
     config: MargeConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    # Read by `embed_documents`.
+    is_thread_safe = True
     _no_split_modules = ["MargeEncoderLayer", "MargeDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
@@ -653,8 +661,8 @@ class MargeEncoder(MargeStack):
         hidden_states = self.add_positions(self.embed_ids(input_ids.reshape(-1, length)))
         dtype = product_dtype(hidden_states)
         hidden = (HIDDEN_SCORE * ~attention_mask.bool())[:, None, None].to(dtype)
-        is_traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        if (hidden.device.type, dtype) == ("cpu", torch.bfloat16) and not is_traced:
+        needs_graph = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if (hidden.device.type, dtype) == ("cpu", torch.bfloat16) and not needs_graph:
             # Whole: long rows are faster to add than short ones.
             mask, attend = hidden.expand(-1, -1, length, -1).contiguous(), cpu_attention_forward
         else:
@@ -662,8 +670,8 @@ class MargeEncoder(MargeStack):
         *layers, last = self.layers[: self.config.retrieval_layers]
         for layer in layers:
             hidden_states = layer(hidden_states, mask, dropout=False, attend=attend)
-        # Nothing reads its other tokens.
-        hidden_states = last(hidden_states, hidden, dropout=False, first_only=True)
+        # Nothing reads its other tokens. One query makes nothing large, so that no kernel is better than the plain one.
+        hidden_states = last(hidden_states, hidden, dropout=False, first_only=True, attend=eager_attention_forward)
         return first_token_embedding(hidden_states).view(*input_ids.shape[:-1], -1)
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -1082,7 +1090,8 @@ class MargeModel(MargePreTrainedModel):
         """Document embeddings g: the first token's state after `retrieval_layers` layers, L2-normalised (section 2.1).
 
         Dropout is off in these layers whatever the mode, so training, index and disk hold the same numbers, up to
-        rounding.
+        rounding. In bfloat16 on a CPU, without gradients, attention is computed by the fastest way there, whatever
+        `attn_implementation` says.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(..., length)`): Documents as the tokenizer makes them.
