@@ -54,8 +54,10 @@ COPY_SCALE = 0.5
 TOKENS_PER_CHUNK, TOKENS_PER_CPU_CHUNK = 2048, 256
 # In training, self-attention pads a document to at most its length divided by this (our choice).
 LEAST_FILLED = 0.5
-# Scores that `cpu_attention_forward` holds at a time: in bfloat16 2 MB.
+# Scores that `cpu_attention_forward` holds at a time, in bfloat16 2 MB, and the range of their sums in which it trusts
+# them: bfloat16 goes from 1e-38 to 3e38 (our choice).
 SCORES_PER_BLOCK = 2**20
+TRUSTED_SUMS = 1e-30, 1e30
 
 
 @dataclass
@@ -233,10 +235,10 @@ def eager_attention_forward(
 
 def cpu_attention_forward(
     module: nn.Module,
-    query: torch.Tensor,
+    query: torch.Tensor,  # (batch, heads, length, head_dim)
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor,  # (batch, 1, length, length), to be added
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
@@ -254,7 +256,7 @@ def cpu_attention_forward(
         weights = (queries * scaling @ keys.transpose(-2, -1)).add_(mask).exp_()
         sums = weights.sum(-1, keepdim=True)
         least, largest = sums.aminmax()
-        if least > 1e-30 and largest < 1e30:
+        if least > TRUSTED_SUMS[0] and largest < TRUSTED_SUMS[1]:
             result.copy_(((weights @ values) / sums).transpose(1, 2))
         else:
             result.copy_(eager_attention_forward(module, queries, keys, values, mask, scaling)[0])
