@@ -16,6 +16,9 @@
     python examples/run_cocolm_pretraining.py --model_name_or_path answerdotai/ModernBERT-base \
         --auxiliary_name_or_path my-small-modernbert ...
 
+    # Muon for the matrices of the layers and AdamW for the rest, with one learning rate; not in the paper
+    python examples/run_cocolm_pretraining.py --use_muon --learning_rate 2e-3 ...
+
     # several processes; batches, losses and their gradients are those of one process with the whole batch
     accelerate launch --num_processes 4 examples/run_cocolm_pretraining.py ...
 
@@ -35,11 +38,12 @@ from hf_paraphrase_lm import (
     CorrectiveLMTrainer,
     DataCollatorForCorrectiveLM,
     LogComponentLossesCallback,
+    MuonWithAdamW,
     NewMasksCallback,
     chunk_documents,
 )
 from hf_paraphrase_lm.training import corrective_lm_metrics
-from pretraining import PretrainingArguments, check_length, load_tokenizer, pretraining_card
+from pretraining import PretrainingArguments, check_length, load_tokenizer, pretraining_card, warn_of_slow_bf16
 from runs import (
     DataArguments,
     ModelArguments,
@@ -113,9 +117,17 @@ class CocoLMTrainingArguments(PretrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate"})
     max_grad_norm: float = field(default=2.0, metadata={"help": "gradients are clipped to this norm"})
     warmup_steps: float = field(default=0.08, metadata={"help": "updates, or if below 1 their share (10k of 125k)"})
+    use_muon: bool = field(
+        default=False, metadata={"help": "Muon for the layers' matrices and AdamW for the rest, in place of --optim"}
+    )
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "texts in a batch of evaluation"})
     # Predictions of a whole corpus fill the memory.
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss only"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_muon:
+            warn_of_slow_bf16(self.use_cpu)
 
 
 def longest_text(corpus: CorpusArguments, tokenizer, model: CocoLMForPretraining) -> int:
@@ -167,6 +179,11 @@ def load_model(network: NetworkArguments, tokenizer) -> CocoLMForPretraining:
     if network.attn_implementation:
         model.set_attn_implementation(network.attn_implementation)
     return model
+
+
+def make_muon(model: CocoLMForPretraining, training: CocoLMTrainingArguments) -> MuonWithAdamW:
+    betas = (training.adam_beta1, training.adam_beta2)
+    return MuonWithAdamW(model, training.learning_rate, training.weight_decay, betas, training.adam_epsilon)
 
 
 class PretrainingTrainer(OrderedTrainer, CorrectiveLMTrainer):
@@ -248,6 +265,7 @@ def main():
     trainer = PretrainingTrainer(
         model=model,
         args=training,
+        optimizers=(make_muon(model, training) if training.use_muon else None, None),
         train_dataset=chunks.get("train"),
         eval_dataset=chunks.get("validation"),
         data_collator=collator,

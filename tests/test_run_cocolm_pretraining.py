@@ -141,9 +141,10 @@ def test_from_random_weights(run, kind):
         assert second[name] > 0 and ("contrastive" in name or second[name] < first[name])
 
 
-def test_an_interrupted_run_goes_on(run, script, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("use_muon", [False, True])
+def test_an_interrupted_run_goes_on(run, script, monkeypatch, tmp_path, capsys, use_muon):
     """Ctrl-C in the second epoch, dropout included: the same command ends with the weights of an unbroken run."""
-    settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 100}
+    settings = {"max_steps": 9, "save_strategy": "steps", "save_steps": 100, "use_muon": use_muon}
     batches = record_batches(monkeypatch, script)
     whole = run(TEXTS, output_dir=tmp_path / "whole", **settings)
     # Every text is in each of three epochs, and its masks are other ones there.
@@ -167,6 +168,8 @@ def test_an_interrupted_run_goes_on(run, script, monkeypatch, tmp_path, capsys):
         run(TEXTS, **settings)
     assert error.value.code == "Interrupted at update 4. The same command goes on from there."
     folder = tmp_path / "out"
+    state = torch.load(folder / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert ("momentum" in state["param_groups"][0]) == use_muon
     # A later checkpoint that was not written to its end is passed over.
     (folder / "checkpoint-8").mkdir()
     (folder / "checkpoint-8" / "model.safetensors").write_bytes(b"")

@@ -8,6 +8,7 @@ from .evidence_metrics import LogEvidenceCallback
 from .interrupt import StopOnInterruptCallback
 from .memory import keep_freed_memory
 from .metrics import corrective_lm_metrics, evidence_losses, recall_at_k
+from .muon import MuonWithAdamW
 from .new_masks import NewMasksCallback
 from .refresh import RefreshIndexCallback
 
@@ -15,6 +16,7 @@ __all__ = [
     "CorrectiveLMTrainer",
     "LogComponentLossesCallback",
     "LogEvidenceCallback",
+    "MuonWithAdamW",
     "NewMasksCallback",
     "RefreshIndexCallback",
     "StopOnInterruptCallback",

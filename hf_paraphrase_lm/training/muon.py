@@ -1,0 +1,70 @@
+"""Muon for the matrices of a network, AdamW for everything else."""
+
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import get_parameter_names
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """[`torch.optim.Muon`] for the weights of linear layers, [`torch.optim.AdamW`] for all others. Our choice.
+
+    Embeddings, linear layers that share their weight with one (the output over a vocabulary) and those with one output
+    are AdamW's, as are vectors. Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both.
+
+    On a CPU without instructions for bfloat16, in which Muon computes, it takes several times as long as AdamW.
+
+    Args:
+        model: its weights that need gradients are trained.
+        lr: learning rate of both.
+        weight_decay: of both; biases and the weights of normalisation do not decay, as in `Trainer`.
+        betas, eps: AdamW's.
+        momentum: Muon's.
+
+    Raises:
+        ValueError: the model has no linear layer to train, or a value is out of its range.
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale is that of Liu et
+    al., "Muon is scalable for LLM training" (2025), equation 4.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        momentum: float = 0.95,
+    ):
+        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings
+        matrices = [weight for weight in weights.values() if id(weight) in linear and len(weight) > 1]
+        if not matrices:
+            raise ValueError("Muon is for the weights of linear layers, but this model has none to train. Take AdamW.")
+        own = {id(weight) for weight in matrices}
+        unscaled = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+        decayed = set(get_parameter_names(model, [nn.LayerNorm], unscaled))
+        others = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+        for name, weight in weights.items():
+            if id(weight) not in own:
+                others[name not in decayed]["params"].append(weight)
+        self.muon = torch.optim.Muon(
+            matrices, lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        self.adamw = torch.optim.AdamW(others, lr, betas=betas, eps=eps)
+        super().__init__(self.muon.param_groups + self.adamw.param_groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update. Returns the loss of `closure`, which computes it with its gradients, if there is one."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # Schedulers and checkpoints know the groups and the state of this optimizer only, and may replace them.
+        for optimizer, is_muon in ((self.muon, True), (self.adamw, False)):
+            optimizer.param_groups = [group for group in self.param_groups if ("momentum" in group) == is_muon]
+            optimizer.state = self.state
+            optimizer.step()
+        return loss
