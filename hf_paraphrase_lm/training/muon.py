@@ -24,7 +24,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         ValueError: the model has no linear layer to train, or a value is out of its range.
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale is that of Liu et
-    al., "Muon is scalable for LLM training" (2025), equation 4.
+    al., "Muon is scalable for LLM training" (2025).
     """
 
     def __init__(
