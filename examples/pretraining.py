@@ -21,9 +21,9 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 from datasets import Dataset
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, TrainingArguments, get_linear_schedule_with_warmup
-from transformers.trainer_pt_utils import get_parameter_names
 
 from hf_paraphrase_lm import __version__, keep_freed_memory, train_tokenizer
+from hf_paraphrase_lm.training import weight_decay_groups
 from runs import DataArguments, ModelArguments, full_disk_explained, override
 
 logger = logging.getLogger(__name__)
@@ -257,12 +257,7 @@ def delayed_interrupt():
 
 def make_optimizer(model, args: LoopArguments) -> torch.optim.AdamW:
     """AdamW; biases and normalisation do not decay, as in Trainer."""
-    undecayed = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], undecayed))
-    groups = [{"params": [], "weight_decay": args.weight_decay}, {"params": [], "weight_decay": 0.0}]
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            groups[name not in decayed]["params"].append(weight)
+    groups = weight_decay_groups(model, args.weight_decay)
     return torch.optim.AdamW(groups, args.learning_rate, betas=(0.9, 0.98), eps=1e-6)
 
 

@@ -126,7 +126,7 @@ class CocoLMTrainingArguments(PretrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.use_muon:
+        if self.use_muon and not self.bf16:
             warn_of_slow_bf16(self.use_cpu)
 
 

@@ -8,7 +8,7 @@ from .evidence_metrics import LogEvidenceCallback
 from .interrupt import StopOnInterruptCallback
 from .memory import keep_freed_memory
 from .metrics import corrective_lm_metrics, evidence_losses, recall_at_k
-from .muon import MuonWithAdamW
+from .muon import MuonWithAdamW, weight_decay_groups
 from .new_masks import NewMasksCallback
 from .refresh import RefreshIndexCallback
 
@@ -28,4 +28,5 @@ __all__ = [
     "last_checkpoint",
     "recall_at_k",
     "set_aside_half_checkpoints",
+    "weight_decay_groups",
 ]

@@ -5,6 +5,17 @@ from torch import nn
 from transformers.trainer_pt_utils import get_parameter_names
 
 
+def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """The weights that need gradients: those that decay, and biases and those of normalisation, as in `Trainer`."""
+    undecayed = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    decayed = set(get_parameter_names(model, [nn.LayerNorm], undecayed))
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            groups[name not in decayed]["params"].append(weight)
+    return groups
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """[`torch.optim.Muon`] for the weights of linear layers, [`torch.optim.AdamW`] for all others. Our choice.
 
@@ -16,7 +27,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     Args:
         model: its weights that need gradients are trained.
         lr: learning rate of both.
-        weight_decay: of both; biases and the weights of normalisation do not decay, as in `Trainer`.
+        weight_decay: of both; see [`weight_decay_groups`].
         betas, eps: AdamW's.
         momentum: Muon's.
 
@@ -36,19 +47,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
         eps: float = 1e-6,
         momentum: float = 0.95,
     ):
-        weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embeddings
-        matrices = [weight for weight in weights.values() if id(weight) in linear and len(weight) > 1]
+
+        def is_own(weight: nn.Parameter) -> bool:
+            return weight.requires_grad and id(weight) in linear and len(weight) > 1
+
+        matrices = [weight for weight in model.parameters() if is_own(weight)]
         if not matrices:
             raise ValueError("Muon is for the weights of linear layers, but this model has none to train. Take AdamW.")
         own = {id(weight) for weight in matrices}
-        unscaled = ["bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
-        decayed = set(get_parameter_names(model, [nn.LayerNorm], unscaled))
-        others = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
-        for name, weight in weights.items():
-            if id(weight) not in own:
-                others[name not in decayed]["params"].append(weight)
+        others = weight_decay_groups(model, weight_decay)
+        for group in others:
+            group["params"] = [weight for weight in group["params"] if id(weight) not in own]
         self.muon = torch.optim.Muon(
             matrices, lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
