@@ -42,9 +42,8 @@ def warn_of_slow_bf16(use_cpu: bool):
     """Where bfloat16 was asked for on a CPU that has no instructions for it."""
     if (use_cpu or not torch.accelerator.is_available()) and not bf16_is_faster(use_cpu):
         logger.warning(
-            "bfloat16 (or Muon, which computes in it) was asked for, but this CPU has no instructions for it, "
-            "without which products can take 50 times as long as in float32. Leave it out: these scripts compute in "
-            "bfloat16 by themselves where it is faster."
+            "bfloat16 was asked for, but this CPU has no instructions for it, without which products can take 50 times "
+            "as long as in float32. Leave it out: these scripts compute in bfloat16 by themselves where it is faster."
         )
 
 

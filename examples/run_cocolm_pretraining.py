@@ -43,7 +43,7 @@ from hf_paraphrase_lm import (
     chunk_documents,
 )
 from hf_paraphrase_lm.training import corrective_lm_metrics
-from pretraining import PretrainingArguments, check_length, load_tokenizer, pretraining_card, warn_of_slow_bf16
+from pretraining import PretrainingArguments, check_length, load_tokenizer, pretraining_card
 from runs import (
     DataArguments,
     ModelArguments,
@@ -123,11 +123,6 @@ class CocoLMTrainingArguments(PretrainingArguments):
     per_device_eval_batch_size: int = field(default=32, metadata={"help": "texts in a batch of evaluation"})
     # Predictions of a whole corpus fill the memory.
     prediction_loss_only: bool = field(default=True, metadata={"help": "evaluate the loss only"})
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.use_muon and not self.bf16:
-            warn_of_slow_bf16(self.use_cpu)
 
 
 def longest_text(corpus: CorpusArguments, tokenizer, model: CocoLMForPretraining) -> int:

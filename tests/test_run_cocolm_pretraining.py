@@ -182,13 +182,6 @@ def test_an_interrupted_run_goes_on(run, script, monkeypatch, tmp_path, capsys, 
     assert "since it last" not in (whole / "README.md").read_text()
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_muon_without_bfloat16_is_told_once(script, monkeypatch, tmp_path, caplog, bf16):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
-    script.CocoLMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, use_muon=True, bf16=bf16)
-    assert caplog.text.count("or Muon, which computes in it") == 1
-
-
 def test_a_run_that_is_done_is_not_trained_again(run, monkeypatch):
     """In the middle of an epoch: weights, duration and results stay; another corpus is refused."""
     settings = {"max_steps": 4, "save_strategy": "steps", "lr_scheduler_type": "constant"}

@@ -1,7 +1,10 @@
 """Muon for the matrices of a network, AdamW for everything else."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.trainer_pt_utils import get_parameter_names
 
 
@@ -16,13 +19,21 @@ def weight_decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
+class _Float32(TorchFunctionMode):
+    """Within it, what would become bfloat16 becomes float32."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (torch.Tensor.float if function is torch.Tensor.bfloat16 else function)(*args, **(kwargs or {}))
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """[`torch.optim.Muon`] for the weights of linear layers, [`torch.optim.AdamW`] for all others. Our choice.
 
     Embeddings, linear layers that share their weight with one (the output over a vocabulary) and those with one output
     are AdamW's, as are vectors. Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both.
 
-    On a CPU without instructions for bfloat16, in which Muon computes, it takes several times as long as AdamW.
+    Muon's products are computed in bfloat16, on a CPU in float32: many have no instructions for bfloat16, and without
+    them an update would take several times as long as one of AdamW.
 
     Args:
         model: its weights that need gradients are trained.
@@ -77,5 +88,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for optimizer, is_muon in ((self.muon, True), (self.adamw, False)):
             optimizer.param_groups = [group for group in self.param_groups if ("momentum" in group) == is_muon]
             optimizer.state = self.state
-            optimizer.step()
+            on_cpu = any(weight.is_cpu for group in optimizer.param_groups for weight in group["params"])
+            with _Float32() if is_muon and on_cpu else nullcontext():
+                optimizer.step()
         return loss
